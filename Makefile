@@ -1,0 +1,38 @@
+# make demo   set everything up and run the main job: synthetic speech -> packs -> ZeRO-2 training -> WER
+# make test   set everything up and pass the tests
+PYTHON ?= python3
+VENV := .venv
+UV := $(VENV)/bin/uv
+# uv does not read pip's configuration: hand it the machine's own directories of wheels, where it has any.
+export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+# PyTorch's CPU build on a machine without a GPU saves gigabytes: UV_TORCH_BACKEND=cpu make demo
+
+.PHONY: setup demo test lint pip-set clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml Makefile
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	test -x $(UV) || $(VENV)/bin/python -m pip install --quiet "uv>=0.9,<1"
+	$(UV) pip install --quiet --python $(VENV)/bin/python --editable '.[demo,tensorboard,test]'
+	touch $@
+
+demo: setup
+	$(VENV)/bin/speechctl pack recipes/demo.yaml
+	@if [ -e runs/demo ]; then $(VENV)/bin/speechctl resume runs/demo; \
+	else $(VENV)/bin/speechctl launch recipes/demo.yaml; fi
+
+lint: setup
+	$(VENV)/bin/ruff check launcher tests
+	$(VENV)/bin/ruff format --check launcher tests
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+# The quick tests on what plain `pip install .` resolves to (transformers 4.57, torchvision present).
+pip-set:
+	tests/pip_set.sh
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,343 @@
+"""The recipe: one YAML file that says what one whole run is, and its schema.
+
+Every field is documented under itself, with its unit. Reading the file, overrides and located errors are in
+`recipe_file.py`; what a recipe comes to on given hosts is in `plan.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# Quantities ----------------------------------------------------------------------------------------------------------
+
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_COUNT = {"k": 10**3, "M": 10**6}
+
+
+def _with_unit(value: Any, units: dict[str, float], example: str) -> Any:
+    """`"2h"` -> 7200 by the table; numbers pass through for pydantic to judge, `1e4` as the whole number it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    if units is _SECONDS and (clock := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value.strip())):
+        days, hours, minutes, seconds = (int(g or 0) for g in clock.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z]+)", value.strip())
+    if match is None or match[2] not in units:
+        raise ValueError(f"expected a number, or one with a unit ({', '.join(units)}) such as {example}")
+    number = float(match[1]) * units[match[2]]
+    return int(number) if number.is_integer() else number
+
+
+def _plain_path(value: Any) -> Any:
+    """Refuses what would silently make a directory of the wrong name."""
+    if value == "":
+        raise ValueError("expected a path")
+    if isinstance(value, str) and re.search(r"^~|\$\w|\$\{", value):
+        raise ValueError("expected a path written out: `~` and environment variables are not expanded")
+    return value
+
+
+def _no_bool(value: Any) -> Any:
+    """`Literal[1]` takes True for 1."""
+    if isinstance(value, bool):
+        raise ValueError("expected 'off', 0, 1, 2 or 3")
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(lambda v: _with_unit(v, _SECONDS, "30s or 02:00:00")), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(lambda v: _with_unit(v, _BYTES, "64MiB")), Field(gt=0)]
+Count = Annotated[int, BeforeValidator(lambda v: _with_unit(v, _COUNT, "10k")), Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Location = Annotated[Path, BeforeValidator(_plain_path), Field(strict=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Section(BaseModel):
+    """A mapping of the recipe. A key that is not in the schema is an error, never ignored."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
+    )
+
+
+# Sections ------------------------------------------------------------------------------------------------------------
+
+
+class Launch(Section):
+    backend: Literal["local"] = "local"
+    """How the nodes are reached. `local`: this machine."""
+
+    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    """Ranks on this machine. `auto`: one for each GPU, or one where there is none."""
+
+    stop_grace: Seconds = 120
+    """After a request to stop: how long ranks may take to finish their step and seal, before they are killed."""
+
+
+class Synthesize(Section):
+    train_utterances: Count = 600
+    """Sentences for training, spoken by the training voices."""
+
+    dev_utterances: Count = 60
+    """Other sentences, spoken by other voices, for evaluation."""
+
+
+class Data(Section):
+    corpus: Annotated[Location, Field(examples=["data/LibriSpeech"])]
+    """The root of a LibriSpeech tree: the directory that holds `train-clean-100` and its like."""
+
+    synthesize: Synthesize | None = None
+    """Make `corpus` from synthetic speech where it does not exist (needs the extra `demo`)."""
+
+    packs: Annotated[Location, Field(examples=["data/packs"])]
+    """Where the packs are: one directory for each subset."""
+
+    train: Annotated[list[Name], Field(min_length=1, examples=["[train-clean-100]"])]
+    """Subsets to train on, by LibriSpeech's names: `train-clean-100`, …"""
+
+    min_utterance: Seconds = 0.1
+    """Shorter training utterances are left out, and counted."""
+
+    max_utterance: Seconds = 35.0
+    """Longer training utterances are left out, and counted. Evaluation leaves nothing out."""
+
+    max_train_utterances: Count | None = None
+    """Train on the first so many utterances of the packs. For debugging."""
+
+    shard_size: Bytes = 64 * 2**20
+    """Size of one MDS shard."""
+
+
+class TinyCtc(Section):
+    kind: Literal["tiny-ctc"]
+    """Log-mel, convolution and transformer with a CTC head, from random weights. About a million parameters."""
+
+    hidden: Annotated[int, Field(ge=8, multiple_of=8)] = 144
+    """Width of the transformer."""
+
+    layers: Annotated[int, Field(ge=1)] = 4
+    """Depth of the transformer."""
+
+    dropout: Fraction = 0.1
+    """Everywhere in the transformer."""
+
+    spec_augment: bool = True
+    """Mask one span of time and one of frequency in each training utterance (torchaudio)."""
+
+
+class Wav2Vec2(Section):
+    kind: Literal["wav2vec2"]
+    """wav2vec 2.0 with a fresh CTC head over LibriSpeech's letters."""
+
+    source: Annotated[str, Field(min_length=1, examples=["facebook/wav2vec2-base"])]
+    """A directory in Hugging Face layout, or a hub id."""
+
+    revision: str | None = None
+    """Commit of the hub id. Without one a run cannot be repeated for certain."""
+
+    normalize: bool = False
+    """Zero mean and unit variance for each utterance: false for base models, true for large-lv60."""
+
+    freeze_feature_encoder: bool = True
+    """Keep the convolutional front end as it was pretrained (fairseq: `feature_grad_mult: 0`)."""
+
+    dropout: Fraction = 0.0
+    """Attention, hidden and final dropout. fairseq fine-tunes with 0 here and `activation_dropout` 0.1."""
+
+    activation_dropout: Fraction = 0.1
+    """Inside the feed-forward layers."""
+
+    layerdrop: Annotated[float, Field(ge=0, le=0)] = 0.0
+    """Only 0 for now: layers dropped by each rank's own dice give ranks different graphs, and ZeRO hangs or fails."""
+
+    mask_time_prob: Fraction = 0.65
+    """Share of frames covered by masked spans, counted before overlap (fairseq: `mask_prob`)."""
+
+    mask_time_length: Annotated[int, Field(ge=1)] = 10
+    """Frames in one masked span of time."""
+
+    mask_channel_prob: Fraction = 0.5
+    """Share of channels covered by masked spans, counted before overlap."""
+
+    mask_channel_length: Annotated[int, Field(ge=1)] = 64
+    """Channels in one masked span of channels."""
+
+
+class Whisper(Section):
+    kind: Literal["whisper"]
+    """Whisper as a sequence-to-sequence model; every input is padded to 30 s, as it was pretrained."""
+
+    source: Annotated[str, Field(min_length=1, examples=["openai/whisper-tiny.en"])]
+    """A directory in Hugging Face layout, or a hub id."""
+
+    revision: str | None = None
+    """Commit of the hub id. Without one a run cannot be repeated for certain."""
+
+    dropout: Fraction = 0.0
+    """Everywhere in encoder and decoder."""
+
+    spec_augment: bool = False
+    """Mask one span of time and one of frequency in each training utterance (torchaudio)."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=440)] = 200
+    """Longest transcript that greedy decoding may write."""
+
+
+Backbone = Annotated[TinyCtc | Wav2Vec2 | Whisper, Field(discriminator="kind")]
+
+
+class Batch(Section):
+    step_seconds: Annotated[Seconds, Field(examples=["200s"])]
+    """Padded audio in one optimizer step, over all ranks and all accumulation. The batch size of the experiment."""
+
+    max_rank_seconds: Annotated[Seconds, Field(examples=["50s"])]
+    """The most padded audio one rank holds at once. A matter of memory: accumulation follows from it and the world
+    size."""
+
+
+class Optimizer(Section):
+    learning_rate: Annotated[float, Field(gt=0, examples=["1e-4"])]
+    """Peak of the schedule. The optimizer is AdamW."""
+
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.98]
+    """Decay of the first and second moment."""
+
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled; on matrices only, never on biases and norms."""
+
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+
+class TriStage(Section):
+    """Linear warm-up, hold, exponential decay: fairseq's tri-stage schedule, as shares of the run."""
+
+    warmup: Fraction = 0.1
+    """Share of the steps that climb from `init_scale` to the peak."""
+
+    hold: Fraction = 0.4
+    """Share of the steps at the peak. The rest decays to `final_scale`."""
+
+    init_scale: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """First learning rate, as a share of the peak."""
+
+    final_scale: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Last learning rate, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> TriStage:
+        if self.warmup + self.hold > 1:
+            raise ValueError(f"warmup {self.warmup} and hold {self.hold} are more than the whole run")
+        return self
+
+
+class Evaluate(Section):
+    subsets: Annotated[list[Name], Field(min_length=1, examples=["[dev-clean]"])]
+    """Subsets to evaluate on; WER is over all of them together, and for each."""
+
+    every_steps: Annotated[Count, Field(ge=1)] | None = None
+    """Evaluate after every so many steps."""
+
+    every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Evaluate after every so many epochs."""
+
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Evaluate when rank 0's clock says that so many minutes have passed since the last one ended."""
+
+    after_steps: Count = 0
+    """No evaluation by cadence before this step."""
+
+    at_start: bool = False
+    """Also before the first step: what the backbone can do untrained."""
+
+    at_end: bool = True
+    """Also after the last step."""
+
+    mode: Literal["collective"] = "collective"
+    """Who computes. `collective`: all ranks share the batches; rank 0 scores and publishes."""
+
+    normalizer: Literal["librispeech", "whisper-english"] = "librispeech"
+    """Applied to both sides before words are compared. Numbers under different normalizers cannot be compared."""
+
+    batch_seconds: Seconds = 120
+    """Padded audio in one evaluation batch of one rank."""
+
+
+class Checkpoint(Section):
+    every_steps: Annotated[Count, Field(ge=1, examples=[200])]
+    """Seal a checkpoint after every so many steps; also at every new best WER, at a stop and at the end."""
+
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """How many of the newest to keep, beside the best."""
+
+
+class Recipe(Section):
+    """One whole run."""
+
+    name: Annotated[Name, Field(examples=["my-run"])]
+    """What the run is called; `run_dir` follows from it."""
+
+    run_dir: Location | None = None
+    """Where the run lies, on a file system that all nodes share. Default: `runs/NAME`."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Of the initial weights, the order of utterances, dropout and augmentation."""
+
+    launch: Launch = Launch()
+    """Where the ranks run."""
+
+    data: Data
+    """Corpus and packs."""
+
+    backbone: Backbone
+    """The model."""
+
+    zero_stage: Annotated[Literal["off", 0, 1, 2, 3], BeforeValidator(_no_bool)] = 2
+    """What DeepSpeed shards over the ranks: 1 optimizer state, 2 gradients too, 3 parameters too, 0 nothing.
+    `off`: no DeepSpeed; the same loop on Accelerate."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the forward and backward pass compute in. The optimizer always keeps fp32 weights."""
+
+    max_steps: Annotated[Count, Field(ge=1, examples=["10k"])]
+    """Optimizer steps of the whole run."""
+
+    batch: Batch
+    """How much audio is in a step."""
+
+    optimizer: Optimizer
+    """AdamW."""
+
+    schedule: TriStage = TriStage()
+    """Learning rate over the steps."""
+
+    evaluate: Evaluate
+    """WER at rank 0's cadence."""
+
+    checkpoint: Checkpoint
+    """Sharded checkpoints, sealed or absent."""
+
+    trackers: list[Literal["tensorboard"]] = []
+    """Where else rank 0 sends metrics, through Accelerate's trackers."""
+
+    @property
+    def run_path(self) -> Path:
+        return self.run_dir or Path("runs") / self.name
+
+    def pack(self, subset: str) -> Path:
+        return self.data.packs / subset
+
+    @property
+    def subsets(self) -> list[str]:
+        """Every subset the run reads, training first, each once."""
+        return list(dict.fromkeys([*self.data.train, *self.evaluate.subsets]))

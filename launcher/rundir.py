@@ -1,0 +1,425 @@
+"""Every path in a run, and the few ways in which anything is written there.
+
+A file that is read whole is written aside, flushed, fsynced and renamed (`write_json`); a file that grows is
+JSON Lines with one writer (`append_line`); a directory of results is sealed by a manifest and a rename (`seal`).
+What the files mean belongs to those who write them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launcher.errors import DataError, StorageError, UsageError
+
+MANIFEST = "MANIFEST.json"
+
+
+class Run:
+    """Names of the files in one run directory. Knows where things are, not what they say."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.recipe = self.root / "recipe.yaml"
+        self.resolved = self.root / "resolved.yaml"
+        self.plan = self.root / "plan.json"
+        self.deepspeed = self.root / "deepspeed.json"
+        self.provenance = self.root / "provenance.json"
+        self.lock = self.root / "lock"
+        self.stop_request = self.root / "control" / "stop"
+        self.save_request = self.root / "control" / "save"
+        self.attempts_dir = self.root / "attempts"
+        self.checkpoints = self.root / "checkpoints"
+        self.best = self.checkpoints / "best.json"
+        self.evaluations = self.root / "evaluations"
+        self.exports = self.root / "exports"
+        self.tensorboard = self.root / "tensorboard"
+
+    def exists(self) -> bool:
+        return self.resolved.is_file()
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, oldest first."""
+        if not self.attempts_dir.is_dir():
+            return []
+        found = [Attempt(p) for p in self.attempts_dir.iterdir() if p.name.isdecimal()]
+        return sorted(found, key=lambda a: a.number)
+
+    def new_attempt(self) -> Attempt:
+        """Make the directory of the next attempt. Exclusive: its number is the fence of this attempt's writes."""
+        numbers = [a.number for a in self.attempts()]
+        attempt = Attempt(self.attempts_dir / f"{max(numbers, default=0) + 1:04d}")
+        self.attempts_dir.mkdir(exist_ok=True)
+        attempt.root.mkdir()
+        for folder in (attempt.logs, attempt.failures, attempt.ranks, attempt.ledger_dir):
+            folder.mkdir()
+        sync_dir(self.attempts_dir)
+        return attempt
+
+    def checkpoint(self, step: int) -> Path:
+        # Eight digits, so that `ls` sorts steps.
+        return self.checkpoints / f"step-{step:08d}"
+
+    def sealed_steps(self) -> list[int]:
+        """Steps with a manifest in `checkpoints/`, oldest first. Says nothing about whether they verify."""
+        names = [p.parent.name.removeprefix("step-") for p in self.checkpoints.glob(f"step-*/{MANIFEST}")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def evaluation(self, step: int) -> Path:
+        return self.evaluations / f"step-{step:08d}.json"
+
+    def hypotheses(self, step: int) -> Path:
+        return self.evaluations / f"step-{step:08d}.hypotheses.jsonl"
+
+
+class Attempt:
+    """Names of the files of one start of a run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.number = int(root.name)
+        self.run = Run(root.parent.parent)
+        self.node_script = root / "node.sh"
+        self.env = root / "env.json"
+        self.hosts = root / "hosts.json"
+        self.rendezvous = root / "rendezvous.json"
+        self.exit = root / "exit.json"
+        self.failure = root / "failure.json"
+        self.failures = root / "failures"
+        self.ranks = root / "ranks"
+        self.logs = root / "logs"
+        self.supervisor = root / "supervisor.jsonl"
+        self.events = root / "events.jsonl"
+        self.metrics = root / "metrics.jsonl"
+        self.ledger_dir = root / "ledger"
+
+    def node(self, node_rank: int) -> Path:
+        return self.root / f"node-{node_rank:03d}.json"
+
+    def node_log(self, node_rank: int) -> Path:
+        return self.logs / f"node-{node_rank:03d}.log"
+
+    def rank(self, rank: int) -> Path:
+        """Who this rank is: host, pid and start time. Written before torch is imported."""
+        return self.ranks / f"rank-{rank:05d}.json"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank:05d}.log"
+
+    def rank_failure(self, rank: int) -> Path:
+        return self.failures / f"rank-{rank:05d}.json"
+
+    def ledger(self, rank: int) -> Path:
+        return self.ledger_dir / f"rank-{rank:05d}.jsonl"
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+_STORAGE = {getattr(errno, n) for n in "ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ESTALE ENOTDIR".split()}
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError met while writing `path` into a StorageError that says what the disk had left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        try:
+            stat = os.statvfs(path if path.exists() else path.parent)
+            free = f"{stat.f_bavail * stat.f_frsize / 2**20:.1f} MiB and {stat.f_favail} inodes free"
+        except OSError:
+            free = "free space unknown"
+        raise StorageError(
+            f"cannot write {path}: {os.strerror(error.errno)} ({free})",
+            hint="make room there, or make it writable; what was sealed before is untouched",
+        ) from error
+
+
+def sync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` whole: a reader sees the old content or the new one, also after a power cut.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing; no half-written file is left behind.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        sync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), mode)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`, or None where there is no such file.
+
+    Raises:
+        DataError: the file is there and is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(
+            f"{path} is not JSON: {error}", hint="it was edited or damaged; restore or remove it"
+        ) from error
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON line in one write, so that a reader never sees half of one from a living writer.
+
+    Raises:
+        StorageError: the disk is full or failing; the part of the line that fitted is taken back, so that the next
+            line does not continue it.
+    """
+    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    with storage_errors(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            written = os.write(fd, line)
+            if written < len(line):
+                os.ftruncate(fd, os.fstat(fd).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(fd)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a torn last one, which a killed writer leaves, is skipped.
+
+    Raises:
+        DataError: a whole line is not JSON.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number} is not JSON: {error}", hint="it was damaged; remove that line") from error
+    return rows
+
+
+# Seals ---------------------------------------------------------------------------------------------------------------
+
+
+def digest_file(path: Path) -> dict[str, Any]:
+    """`{"bytes", "xxh3_128"}` of one file, read in 4 MiB pieces."""
+    hasher, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while piece := file.read(4 << 20):
+            hasher.update(piece)
+            size += len(piece)
+    return {"bytes": size, "xxh3_128": hasher.hexdigest()}
+
+
+def digest_json(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+
+
+def files_under(root: Path) -> list[Path]:
+    """Every file below `root` but the manifest, sorted by name."""
+    return sorted(p for p in root.rglob("*") if p.is_file() and p.relative_to(root) != Path(MANIFEST))
+
+
+def seal(staged: Path, target: Path, facts: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
+    """Publish the directory `staged` as `target`: manifest, fsync, rename, fsync of the parent.
+
+    The rename is the commit point; before it nothing called `target` exists. Both must be on one file system.
+
+    Args:
+        facts: what the manifest says besides the list of files.
+        files: digests by relative name where whoever wrote the files has already hashed and fsynced them;
+            otherwise every file is hashed and fsynced here.
+
+    Raises:
+        StorageError: a write failed; `target` does not exist.
+        UsageError: `target` exists and is not empty; both directories keep their files.
+    """
+    with storage_errors(staged):
+        if files is None:
+            digests = {}
+            for path in files_under(staged):
+                sync_file(path)
+                digests[str(path.relative_to(staged))] = digest_file(path)
+            files = digests
+        manifest: dict[str, Any] = {**facts, "files": dict(files)}
+        manifest["digest"] = digest_json(manifest)
+        write_json(staged / MANIFEST, manifest)
+        for folder in [p for p in staged.rglob("*") if p.is_dir()]:
+            sync_dir(folder)
+        sync_dir(staged)
+        try:
+            os.rename(staged, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise UsageError(f"{target} exists already", hint=f"remove {target} or choose another name") from error
+            raise
+        sync_dir(target.parent)
+
+
+def manifest_of(root: Path) -> dict[str, Any]:
+    """The manifest of a sealed directory, its own digest checked; the files are not looked at.
+
+    Raises:
+        DataError: there is no manifest, or it was changed after it was written.
+    """
+    manifest: dict[str, Any] | None = read_json(root / MANIFEST)
+    if manifest is None:
+        raise DataError(f"{root} has no {MANIFEST}", hint="it was never sealed; it cannot be used")
+    body = {k: v for k, v in manifest.items() if k != "digest"} if isinstance(manifest, dict) else None
+    if body is None or manifest.get("digest") != digest_json(body) or not isinstance(body.get("files"), dict):
+        raise DataError(f"{root / MANIFEST} is not what was sealed: its digest differs", hint="restore it from a copy")
+    return manifest
+
+
+def verify(root: Path, share: slice = slice(None)) -> dict[str, Any]:
+    """The manifest of a sealed directory after each of its files was read and hashed.
+
+    Args:
+        share: which of the sorted files to hash, so that ranks can divide the work; sizes, missing and extra files
+            are checked for all.
+
+    Raises:
+        DataError: names the first file that is missing, extra, unreadable, of another size or of another content.
+    """
+    manifest = manifest_of(root)
+    hint = "do not use it; restore it from a copy, or go back to an older one"
+    wanted, found = set(manifest["files"]), {str(p.relative_to(root)) for p in files_under(root)}
+    for name in sorted(wanted ^ found):
+        raise DataError(f"{root / name} is {'missing' if name in wanted else 'not in the manifest'}", hint=hint)
+    for name, digest in sorted(manifest["files"].items()):
+        if (size := (root / name).stat().st_size) != digest["bytes"]:
+            raise DataError(f"{root / name} has {size} bytes, {digest['bytes']} were sealed", hint=hint)
+    for name, digest in sorted(manifest["files"].items())[share]:
+        try:
+            found_digest = digest_file(root / name)
+        except OSError as error:
+            raise DataError(f"{root / name} cannot be read: {error.strerror}", hint=hint) from error
+        if found_digest != digest:
+            raise DataError(f"{root / name} has changed since it was sealed (xxh3-128 differs)", hint=hint)
+    return manifest
+
+
+# The lock ------------------------------------------------------------------------------------------------------------
+
+
+class RunLock:
+    """One writer per run: an flock that the kernel drops with its holder, and a file that names the holder.
+
+    What was asked of the holder before, through `control/`, is not asked of this one and is removed.
+
+    Raises:
+        UsageError: on entry, when another process holds it; the message names host, pid, command and since when.
+    """
+
+    PATIENCE_S = 1.0
+    """Those who only ask for the holder take the lock for a moment, too."""
+
+    def __init__(self, run: Run, command: str) -> None:
+        self.run = run
+        self.command = command
+        self.fd = -1
+
+    def __enter__(self) -> RunLock:
+        with storage_errors(self.run.lock):
+            self.fd = os.open(self.run.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + self.PATIENCE_S
+        while not self._try():
+            if time.monotonic() > deadline:
+                os.close(self.fd)
+                raise in_use(self.run)
+            time.sleep(0.05)
+        for request in (self.run.stop_request, self.run.save_request):
+            request.unlink(missing_ok=True)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": self.command}
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, json.dumps(holder).encode(), 0)
+        return self
+
+    def _try(self) -> bool:
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def holder(run: Run) -> dict[str, Any] | None:
+    """Who holds the run now, or None where nobody does."""
+    try:
+        fd = os.open(run.lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        try:
+            return dict(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
+        except ValueError:  # it has the lock and has not written who it is yet
+            return {}
+    finally:
+        os.close(fd)
+
+
+def in_use(run: Run) -> UsageError:
+    who = holder(run)
+    by = "another process"
+    if who:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["since"]))
+        by = f"`{who['command']}` (pid {who['pid']} on {who['host']}) since {since}"
+    return UsageError(
+        f"{run.root} is in use by {by}",
+        hint=f"watch it with `speechctl status {run.root}`, end it with `speechctl stop {run.root}`",
+    )
