@@ -1,0 +1,544 @@
+"""Utterances -> one sealed pack for each subset, and back: any utterance of a pack by its position.
+
+A pack is `index.json` and `shard.00000.mds` … as mosaicml-streaming's stock StreamingDataset reads them, `lengths.npy`
+for planning an epoch without touching the sound, `stats.json` for people, and the manifest that seals them.
+
+Importing this file is cheap. streaming, which takes five seconds to import, is imported where it is first needed:
+by those who write shards or read sound, not by `lengths_of`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from launcher.errors import DataError, HostError, UsageError
+from launcher.rundir import (
+    MANIFEST,
+    digest_file,
+    digest_json,
+    manifest_of,
+    read_json,
+    seal,
+    storage_errors,
+    sync_dir,
+    sync_file,
+    verify,
+    write_bytes,
+    write_json,
+)
+from launcher.worker.librispeech import SAMPLE_RATE_HZ, Utterance, read_subset
+from launcher.worker.vocabulary import min_ctc_frames
+
+FORMAT = "speechctl.pack/1"
+COLUMNS = {
+    "audio": "bytes",
+    "chapter": "int",
+    "n_samples": "int",
+    "sample_rate_hz": "int",
+    "speaker": "int",
+    "subset": "str",
+    "text": "str",
+    "utt_id": "str",
+}
+"""MDS columns. `audio` is the original FLAC file, byte for byte."""
+
+LENGTHS = np.dtype([("n_samples", "<i8"), ("n_chars", "<i4"), ("ctc_frames", "<i4")])
+"""One row of lengths.npy. `ctc_frames`: frames that CTC needs at least, -1 where the text has no CTC spelling."""
+
+PARTITION_UTTERANCES = 2000
+"""Utterances in one part, about 400 MB. Fixed, so that the shards do not depend on the number of processes."""
+
+_SIDE_FILES = ("index.json", "lengths.npy", "stats.json")
+_BASENAME = re.compile(r"[A-Za-z0-9._-]+")
+_BLOCK_SAMPLES = 1 << 14
+"""Decoded at once: 1 s. It says where damage is, and a header that promises days cannot ask for their memory."""
+_SHOWN = 10
+_MAKE = "run `speechctl pack RECIPE`"
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of consecutive utterances, written by one process; complete when `root` exists."""
+
+    root: Path
+    key: str
+    """Of everything that decides the bytes of the whole pack: parts of another key are not reused."""
+    shard_bytes: int
+    utterances: list[Utterance]
+
+
+def write_pack(
+    corpus: Path,
+    subset: str,
+    target: Path,
+    shard_bytes: int,
+    processes: int,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Make the sealed pack `target` of one subset, or find it there, and return its manifest.
+
+    Every file is decoded once and compared with its header. The bytes of the pack do not depend on `processes`. After
+    a kill, complete parts are kept in `.NAME.partial` beside `target` and the next call goes on from them; after an
+    error in the data nothing is left. A sealed pack whose corpus is no longer there is used as it is.
+
+    Raises:
+        DataError: the corpus is not whole or does not decode, or `target` was packed from something else.
+        UsageError: another process is packing `target`, or something that is no pack is in the way.
+        StorageError: the disk is full, read-only or failing; complete parts are kept.
+    """
+    corpus, target = Path(os.path.abspath(corpus)), Path(os.path.abspath(target))
+    if (target / MANIFEST).exists():
+        return _reuse(corpus, subset, target, progress)
+    if not 0 < shard_bytes < 2**32:
+        raise UsageError(
+            f"data.shard_size is {shard_bytes} bytes; MDS counts in 32 bits, so a shard must be below 4 GiB",
+            hint="leave data.shard_size at its default, 64MiB",
+        )
+    with storage_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with _only_packer(target):
+        if (target / MANIFEST).exists():
+            # Sealed by another since this process looked first.
+            return _reuse(corpus, subset, target, progress)
+        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise UsageError(
+                f"{target} is in the way: it is there and is no sealed pack",
+                hint=f"move {target} away, or choose another directory for data.packs",
+            )
+        utterances = read_subset(corpus, subset)
+        with storage_errors(target.parent):
+            _pack(utterances, subset, target, shard_bytes, processes, progress)
+    return manifest_of(target)
+
+
+def _pack(
+    utterances: list[Utterance],
+    subset: str,
+    target: Path,
+    shard_bytes: int,
+    processes: int,
+    progress: Callable[[str], None],
+) -> None:
+    source = _source_digest(utterances)
+    streaming_version = importlib.metadata.version("mosaicml-streaming")
+    key = digest_json([FORMAT, source, shard_bytes, PARTITION_UTTERANCES, streaming_version])
+    staging = target.with_name(f".{target.name}.partial")
+    parts = [
+        _Part(staging / f"part-{i:04d}", key, shard_bytes, utterances[first : first + PARTITION_UTTERANCES])
+        for i, first in enumerate(range(0, len(utterances), PARTITION_UTTERANCES))
+    ]
+    staging.mkdir(exist_ok=True)
+    todo = [p for p in parts if not _is_complete(p)]
+    _remove_leftovers(staging, keep={p.root for p in parts} - {p.root for p in todo})
+    if len(todo) < len(parts):
+        progress(f"{subset}: {len(parts) - len(todo)} of {len(parts)} parts are there from an earlier try")
+
+    damage: list[str] = []
+    done = len(parts) - len(todo)
+    for found in _write_parts(todo, processes):
+        damage += found
+        done += 1
+        progress(f"{subset}: part {done} of {len(parts)}" + (f", {len(found)} damaged files" if found else ""))
+    if damage:
+        shutil.rmtree(staging)
+        more = [f"and {len(damage) - _SHOWN} more"] if len(damage) > _SHOWN else []
+        raise DataError(
+            f"{len(damage)} of the {len(utterances)} files of {subset} do not decode to what their headers say:\n  "
+            + "\n  ".join(sorted(damage)[:_SHOWN] + more),
+            hint=f"unpack the archive of {subset} again, or replace these files; nothing was packed",
+        )
+
+    shards = _merge(staging, parts)
+    packed = sum(s["samples"] for s in shards)
+    if packed != len(utterances):
+        raise RuntimeError(f"{packed} utterances are in the shards of {staging}, {len(utterances)} in the corpus")
+    lengths = io.BytesIO()
+    np.save(lengths, _lengths(utterances), allow_pickle=False)
+    write_bytes(staging / "lengths.npy", lengths.getvalue())
+    write_json(staging / "stats.json", _stats(utterances))
+    write_json(staging / "index.json", {"version": 2, "shards": shards})
+    # The shards were hashed from memory as they were written, and fsynced by the process that wrote them.
+    files = {s["raw_data"]["basename"]: {"bytes": s["raw_data"]["bytes"], **s["raw_data"]["hashes"]} for s in shards}
+    files |= {name: digest_file(staging / name) for name in _SIDE_FILES}
+    facts = {
+        "format": FORMAT,
+        "subset": subset,
+        "counts": {"transcript_lines": len(utterances), "files": len(utterances), "packed": packed},
+        "source": source,
+        "streaming": streaming_version,
+        "columns": COLUMNS,
+    }
+    seal(staging, target, facts, files)
+
+
+def _source_digest(utterances: list[Utterance]) -> str:
+    return digest_json([[u.utt_id, u.n_samples, u.pcm_md5.hex(), u.text] for u in utterances])
+
+
+def _reuse(corpus: Path, subset: str, target: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+    """The manifest of the pack that is at `target` already, if it is the one that was asked for."""
+    manifest = _checked(target)
+    if manifest["subset"] != subset:
+        raise DataError(
+            f"{target} is a pack of {manifest['subset']}, expected {subset}",
+            hint="give every subset a directory of its own, or remove this one and pack again",
+        )
+    if not (corpus / subset).is_dir():
+        progress(f"{subset}: there is no {corpus / subset}; its sealed pack {target} is used")
+        return manifest
+    utterances = read_subset(corpus, subset)
+    if (source := _source_digest(utterances)) != manifest["source"]:
+        raise DataError(
+            f"{corpus / subset} is not what {target} was packed from: {len(utterances)} utterances with digest "
+            f"{source}, {manifest['counts']['packed']} with digest {manifest['source']} were packed",
+            hint=f"if the corpus was meant to change, remove {target} and {_MAKE}; if not, correct data.corpus",
+        )
+    return manifest
+
+
+def _write_parts(parts: list[_Part], processes: int) -> Iterator[list[str]]:
+    """Write the parts, in this process or in several, and give what each found damaged, in the order they finish.
+
+    Spawned, not forked: the caller may have threads, of torch or of a terminal, and a lock that one of them holds
+    would stay held in a forked child. A child pays the import of streaming once, for all the parts that it writes.
+    """
+    if processes == 1 or len(parts) <= 1:
+        yield from map(_write_part, parts)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(parts)), context, initializer=_serve_parent) as pool:
+        try:
+            for future in as_completed([pool.submit(_write_part, part) for part in parts]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise HostError(
+                "a packing process was killed; most often it is the kernel that does this, for want of memory",
+                hint="pack again with fewer processes; the parts that are complete are kept",
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _serve_parent() -> None:
+    """Leave Ctrl-C to the parent, and go when it goes: an orphan would write into the next packer's staging."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def leave() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def _write_part(part: _Part) -> list[str]:
+    """Write one part and rename it to `part.root`, or say what is damaged in it and leave it incomplete.
+
+    Failures of the disk are raised as plain OSErrors: a SpeechctlError does not survive the way between processes.
+    """
+    from launcher.worker import shims
+
+    shims.apply()
+    from streaming.base.format import MDSWriter
+
+    aside = part.root.with_suffix(".tmp")
+    writer = MDSWriter(
+        columns=COLUMNS, out=str(aside), compression=None, hashes=["xxh3_128"], size_limit=part.shard_bytes
+    )
+    damage: list[str] = []
+    # Not `with writer:`, whose exit writes a valid index also after an exception.
+    try:
+        for utterance in part.utterances:
+            try:
+                audio = utterance.path.read_bytes()
+            except OSError as error:
+                damage.append(f"{utterance.path}: {error.strerror}")
+                continue
+            if what := _damage(utterance, audio):
+                damage.append(f"{utterance.path}: {what}")
+            elif not damage:
+                writer.write(
+                    {**{name: getattr(utterance, name) for name in COLUMNS if name != "audio"}, "audio": audio}
+                )
+        if damage:
+            return damage
+        writer.finish()
+    finally:
+        writer.cancel_future_jobs()
+    (aside / "part.json").write_text(json.dumps({"key": part.key, "utterances": len(part.utterances)}))
+    for path in aside.iterdir():
+        sync_file(path)
+    sync_dir(aside)
+    os.rename(aside, part.root)
+    return []
+
+
+def _damage(utterance: Utterance, audio: bytes) -> str | None:
+    """What is wrong with the sound of a whole FLAC file, compared with its header; None where nothing is."""
+    import soundfile
+
+    # It detects damage, and is what the format uses; it protects nothing.
+    md5 = hashlib.md5(usedforsecurity=False)
+    n_samples = 0
+    try:
+        with soundfile.SoundFile(io.BytesIO(audio)) as file:
+            while len(block := file.read(_BLOCK_SAMPLES, dtype="int16")):
+                md5.update(np.ascontiguousarray(block, "<i2").data)
+                n_samples += len(block)
+    except soundfile.LibsndfileError as error:
+        return f"{utterance.n_samples} samples expected, {n_samples} found before decoding failed: {error.error_string}"
+    if n_samples != utterance.n_samples:
+        return f"{utterance.n_samples} samples expected, {n_samples} found"
+    if any(utterance.pcm_md5) and md5.digest() != utterance.pcm_md5:
+        return f"{n_samples} samples as expected, but their MD5 is {md5.hexdigest()}, not {utterance.pcm_md5.hex()}"
+    return None
+
+
+def _is_complete(part: _Part) -> bool:
+    """Whether an earlier try wrote this part and nothing has been moved out of it since."""
+    if not part.root.is_dir() or read_json(part.root / "part.json") != {
+        "key": part.key,
+        "utterances": len(part.utterances),
+    }:
+        return False
+    files = [s["raw_data"] for s in read_json(part.root / "index.json")["shards"]]
+    paths = [(part.root / f["basename"], f["bytes"]) for f in files]
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+
+def _remove_leftovers(staging: Path, keep: set[Path]) -> None:
+    for path in set(staging.iterdir()) - keep:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _merge(staging: Path, parts: list[_Part]) -> list[dict[str, Any]]:
+    """Move the shards of all parts into `staging` under consecutive names, and return their index entries.
+
+    A kill in between leaves parts that lack shards; `_is_complete` sees that and they are written again.
+    """
+    shards: list[dict[str, Any]] = []
+    for part in parts:
+        for shard in read_json(part.root / "index.json")["shards"]:
+            # MDSWriter begins with an empty shard when the first utterance alone is larger than a shard.
+            if shard["samples"] == 0:
+                continue
+            name = f"shard.{len(shards):05d}.mds"
+            os.rename(part.root / shard["raw_data"]["basename"], staging / name)
+            shard["raw_data"]["basename"] = name
+            shards.append(shard)
+        shutil.rmtree(part.root)
+    return shards
+
+
+def _lengths(utterances: list[Utterance]) -> npt.NDArray[np.void]:
+    return np.array([(u.n_samples, len(u.text), _ctc_frames(u.text)) for u in utterances], LENGTHS)
+
+
+def _ctc_frames(text: str) -> int:
+    try:
+        return min_ctc_frames(text)
+    except DataError:
+        return -1
+
+
+def _stats(utterances: list[Utterance]) -> dict[str, Any]:
+    """What stats.json says. Durations in seconds, by the headers."""
+    seconds = np.array([u.n_samples for u in utterances]) / SAMPLE_RATE_HZ
+    samples: Counter[int] = Counter()
+    for u in utterances:
+        samples[u.speaker] += u.n_samples
+    quantiles = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
+    return {
+        "utterances": len(utterances),
+        "hours": round(float(seconds.sum()) / 3600, 4),
+        "words": sum(len(u.text.split()) for u in utterances),
+        "characters": sum(len(u.text) for u in utterances),
+        "speakers": len(samples),
+        "duration_s": {f"{q:g}": round(float(np.quantile(seconds, q)), 3) for q in quantiles},
+        "speaker_s": {str(s): round(n / SAMPLE_RATE_HZ, 3) for s, n in sorted(samples.items())},
+    }
+
+
+@contextmanager
+def _only_packer(target: Path) -> Iterator[None]:
+    """Hold `.NAME.lock` beside `target`: the kernel drops the lock with its holder, and the file says who that is."""
+    path = target.with_name(f".{target.name}.lock")
+    while True:
+        with storage_errors(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            who = os.pread(fd, 4096, 0).decode(errors="replace") or "another process"
+            os.close(fd)
+            raise UsageError(
+                f"{target} is being packed by {who}",
+                hint=f"wait for it, then {_MAKE.removeprefix('run ')} finds the pack",
+            ) from error
+        # The one before removes the file when it leaves: what was opened may be a file without a name by now.
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+class Pack:
+    """A sealed pack, opened: any utterance by its position. Made by `open_pack`.
+
+    It reads through streaming's own MDS readers and makes no StreamingDataset: that one keeps its state in /dev/shm,
+    in segments that outlive a killed rank. The readers keep no state and open the shard at each read, so any number
+    of threads may call `sample`.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        shards = _shards(path, manifest)
+        from launcher.worker import shims
+
+        shims.apply()
+        from streaming.base.format import reader_from_json
+
+        self.path = path
+        self.manifest = manifest
+        self.lengths = _mapped_lengths(path, manifest)
+        """Memory-mapped, in pack order; fields as in `LENGTHS`."""
+        self._readers = [reader_from_json(str(path), None, shard) for shard in shards]
+        self._starts: list[int] = list(accumulate((s["samples"] for s in shards), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def sample(self, i: int) -> dict[str, Any]:
+        """The columns of the utterance at position `i`, which counts from 0 and never from the end.
+
+        Raises:
+            IndexError: there is no such position.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path} has {len(self)} utterances, position {i} is not among them")
+        shard = bisect_right(self._starts, i) - 1
+        return dict(self._readers[shard].get_item(i - self._starts[shard]))
+
+
+def open_pack(path: Path, *, check: bool = False) -> Pack:
+    """Open a sealed pack. The manifest, the side files and the size of every shard are checked each time.
+
+    Args:
+        check: also read and hash every shard.
+
+    Raises:
+        DataError: there is no pack, or it is not what was sealed.
+    """
+    return Pack(path, _checked(path, check))
+
+
+def lengths_of(path: Path) -> npt.NDArray[np.void]:
+    """The lengths of a sealed pack, memory-mapped, in pack order; fields as in `LENGTHS`. Imports neither streaming
+    nor torch.
+
+    Raises:
+        DataError: as `open_pack`.
+    """
+    return _mapped_lengths(path, _checked(path))
+
+
+def _checked(path: Path, check: bool = False) -> dict[str, Any]:
+    """The manifest of a pack whose files are all there with their sizes, and whose side files have their hashes."""
+    if not (path / MANIFEST).exists():
+        what = "is there but was never sealed" if path.is_dir() else "does not exist"
+        raise DataError(f"the pack {path} {what}", hint=f"{_MAKE} to make it")
+    try:
+        # An empty slice of files to hash: names and sizes only.
+        manifest = verify(path, slice(None) if check else slice(0, 0))
+    except DataError as error:
+        raise DataError(error.message, hint=_again(path)) from error
+    if manifest.get("format") != FORMAT or manifest.get("columns") != COLUMNS:
+        raise DataError(
+            f"{path} has format {manifest.get('format')!r} and columns {manifest.get('columns')}, "
+            f"expected {FORMAT!r} and {COLUMNS}",
+            hint="another version of speechctl made it; " + _again(path),
+        )
+    for name in _SIDE_FILES:
+        if name not in manifest["files"] or manifest["files"][name] != digest_file(path / name):
+            raise DataError(f"{path / name} has changed since it was sealed (xxh3-128 differs)", hint=_again(path))
+    return manifest
+
+
+def _again(path: Path) -> str:
+    return f"remove {path} and {_MAKE} to make it again, or restore it from a copy"
+
+
+def _shards(path: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The index entries of all shards. A seal proves no origin, so what streaming would trust is checked here: a
+    basename that leads out of the pack, or a column that runs code when it is decoded.
+    """
+    index = read_json(path / "index.json")
+    shards: list[dict[str, Any]] = index["shards"]
+    for shard in shards:
+        name = shard["raw_data"]["basename"]
+        if not _BASENAME.fullmatch(name) or name not in manifest["files"]:
+            raise DataError(f"{path / 'index.json'} names the shard {name!r}, which is not of it", hint=_again(path))
+        columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+        if columns != COLUMNS or (shard["version"], shard["format"], shard["compression"]) != (2, "mds", None):
+            raise DataError(
+                f"shard {name} of {path} has columns {columns} in {shard['format']} version {shard['version']}, "
+                f"compression {shard['compression']}; expected {COLUMNS} in mds version 2, uncompressed",
+                hint=_again(path),
+            )
+    packed = sum(s["samples"] for s in shards)
+    if packed != manifest["counts"]["packed"]:
+        raise DataError(
+            f"{path / 'index.json'} counts {packed} utterances, {manifest['counts']['packed']} were sealed",
+            hint=_again(path),
+        )
+    return shards
+
+
+def _mapped_lengths(path: Path, manifest: dict[str, Any]) -> npt.NDArray[np.void]:
+    lengths: npt.NDArray[np.void] = np.load(path / "lengths.npy", mmap_mode="r", allow_pickle=False)
+    if lengths.dtype != LENGTHS or lengths.shape != (manifest["counts"]["packed"],):
+        raise DataError(
+            f"{path / 'lengths.npy'} is an array of {lengths.shape} x {lengths.dtype}, "
+            f"expected {manifest['counts']['packed']} x {LENGTHS}",
+            hint=_again(path),
+        )
+    return lengths
