@@ -1,0 +1,409 @@
+"""The command line: the only user of typer. Each command makes values, shows them, then acts.
+
+Heavy imports wait until a command needs them: `speechctl --help` costs what a bare Typer app costs, and nothing here
+ever imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launcher.plan import Plan
+    from launcher.recipe import Recipe
+    from launcher.rundir import Run
+
+app = typer.Typer(
+    name="speechctl",
+    help="Launch DeepSpeed training of speech models, and come back from every failure.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one value: --set batch.step_seconds=100s.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+Step = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step.")]
+
+
+def main() -> None:
+    """The entry point: every failure ends as one text with a hint and the exit code of its class."""
+    from launcher.errors import ExitCode, SpeechctlError
+
+    try:
+        app()
+    except SpeechctlError as error:
+        from launcher import ui
+
+        ui.error(error.render())
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os._exit(141)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print(
+            f"\nerror: this is a bug of speechctl\n\nhint: report it with the traceback above (exit {ExitCode.BUG})",
+            file=sys.stderr,
+        )
+        sys.exit(ExitCode.BUG)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"speechctl {version('speechctl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+# Before a run --------------------------------------------------------------------------------------------------------
+
+
+@recipe_app.command("check")
+def recipe_check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Read a recipe and print it with every value filled in, or every mistake in it."""
+    from launcher import recipe_file, ui
+
+    ui.answer(recipe_file.dump(recipe_file.load(recipe, overrides)).rstrip())
+
+
+@app.command()
+def pack(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    processes: Annotated[int, typer.Option(min=1, help="Processes that pack at once.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Turn the LibriSpeech subsets that a recipe names into sealed MDS packs."""
+    from launcher import ui
+
+    with _resolved(recipe, overrides) as (_, path):
+        answer = _worker("pack", str(path), "--processes", str(processes))
+    if as_json:
+        ui.answer(json.dumps(answer, indent=1))
+        return
+    for row in answer:
+        ui.answer(f"{row['pack']}: {row['utterances']} utterances, {row['hours']:.2f} h, {row['speakers']} speakers")
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Show what a launch would do: ranks, batches, steps, memory, commands."""
+    from launcher import ui
+
+    with _resolved(recipe, overrides) as (value, path):
+        made, _ = _plan(value, path)
+    if as_json:
+        ui.answer(json.dumps(made.to_json(), indent=1))
+    else:
+        ui.plan(made)
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="One process, no DeepSpeed, in this terminal: breakpoints work.")
+    ] = False,
+) -> None:
+    """Start a new run of a recipe and follow it to its end."""
+    from launcher import rundir, supervise, ui
+    from launcher.errors import UsageError
+    from launcher.rundir import Run, RunLock
+
+    if debug:
+        overrides = [*overrides, "launch.processes=1", "zero_stage=off"]
+    with _resolved(recipe, overrides) as (value, path):
+        run = Run(value.run_path)
+        if not dry_run and run.root.exists():
+            if rundir.holder(run) is not None:
+                raise UsageError(
+                    f"{run.root} is in use by {rundir.describe_holder(run)}",
+                    hint=f"watch it with `speechctl status {run.root}`, end it with `speechctl stop {run.root}`",
+                )
+            raise UsageError(
+                f"{run.root} exists already",
+                hint=f"go on with `speechctl resume {run.root}`, or start another with --set run_dir=…",
+            )
+        made, facts = _plan(value, path)
+        if dry_run:
+            ui.plan(made)
+            return
+        _create(run, recipe, path, made, supervise.provenance(run, sys.argv, facts))
+    ui.say(f"{made.name}: {made.max_steps} steps on {made.world_size} rank(s), run in {run.root}")
+    with RunLock(run, " ".join(sys.argv)):
+        _attempt(run, value, made, fresh=False, debug=debug)
+
+
+@app.command()
+def resume(
+    run: RunPath,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Start over at step 0, although there were checkpoints (they are kept aside)."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="In this terminal; for runs launched with --debug.")] = False,
+) -> None:
+    """Go on with a run from the newest checkpoint that verifies."""
+    from launcher import recipe_file, report, ui
+    from launcher.errors import UsageError
+    from launcher.rundir import Run, RunLock
+
+    where = Run(run)
+    state = report.read(where)
+    with RunLock(where, " ".join(sys.argv)):
+        if state.state == "finished" and not fresh:
+            ui.say(f"{where.root} is finished")
+            _show(where)
+            return
+        value = recipe_file.load(where.resolved)
+        if debug and (value.zero_stage != "off" or value.launch.processes != 1):
+            raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {where.root}`")
+        made, _ = _plan(value, where.resolved)
+        _attempt(where, value, made, fresh=fresh, debug=debug)
+
+
+@app.command()
+def status(run: RunPath, as_json: AsJson = False) -> None:
+    """Show where a run stands."""
+    from launcher import report, ui
+    from launcher.rundir import Run
+
+    if as_json:
+        ui.answer(json.dumps(report.read(Run(run)).to_json(), indent=1))
+    else:
+        _show(Run(run))
+
+
+@app.command()
+def stop(
+    run: RunPath,
+    wait: Annotated[bool, typer.Option(help="Wait until the run has ended.")] = True,
+) -> None:
+    """Ask a run to finish its step, seal it, and end."""
+    import time
+
+    from launcher import report, rundir, supervise, ui
+    from launcher.errors import UsageError
+    from launcher.rundir import Run
+
+    where = Run(run)
+    if report.read(where).holder is None:
+        raise UsageError(f"{where.root} is not running", hint=f"`speechctl status {where.root}`")
+    supervise.request_stop(where, "speechctl stop")
+    while wait and rundir.holder(where) is not None:
+        time.sleep(0.2)
+    ui.answer(f"{where.root}: {report.read(where).state if wait else 'asked to stop'}")
+
+
+# After a run ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    checkpoint: Step = "best",
+    subset: Annotated[list[str], typer.Option(help="Another subset than the recipe's; repeatable.")] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Compute the WER of a sealed checkpoint."""
+    from launcher import ui
+    from launcher.rundir import Run
+
+    where = Run(run)
+    step = _which(where, checkpoint)
+    name = "-".join([f"step-{step:08d}.evaluate", *subset])
+    options = [x for s in subset for x in ("--subset", s)]
+    target = where.evaluations / f"{name}.json"
+    answer = _worker("evaluate", str(where.root), "--step", str(step), "--target", str(target), *options)
+    if as_json:
+        ui.answer(json.dumps(answer, indent=1))
+        return
+    for title, row in [*answer["subsets"].items(), ("all", answer)]:
+        ui.answer(
+            f"{title}: WER {row['wer']:.2%} ({row['substitutions']} sub, {row['insertions']} ins,"
+            f" {row['deletions']} del of {row['words']} words in {row['utterances']} utterances)"
+        )
+
+
+@app.command()
+def export(
+    run: RunPath,
+    target: Annotated[Path | None, typer.Argument(help="Default: RUN/exports/step-….", show_default=False)] = None,
+    checkpoint: Step = "best",
+) -> None:
+    """Write a checkpoint's model as a directory that other programs load."""
+    from launcher import ui
+    from launcher.errors import UsageError
+    from launcher.rundir import Run
+
+    where = Run(run)
+    step = _which(where, checkpoint)
+    folder = (target or where.exports / f"step-{step:08d}").absolute()
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
+    _worker("export", str(where.root), "--step", str(step), "--target", str(folder), parse=False)
+    ui.answer(str(folder))
+
+
+@app.command()
+def transcribe(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory made by `export`.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Sound files.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a model hears in sound files."""
+    print(_worker("transcribe", str(model), *map(str, files), *["--json"] * as_json, parse=False), end="")
+
+
+# What the commands share ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _resolved(path: Path, overrides: list[str]) -> Iterator[tuple[Recipe, Path]]:
+    """The recipe with overrides applied and paths made absolute, and a file that says so for the worker."""
+    from launcher import recipe_file
+
+    value = recipe_file.absolute(recipe_file.load(path, overrides), Path.cwd())
+    with tempfile.TemporaryDirectory(prefix="speechctl-") as folder:
+        file = Path(folder) / "resolved.yaml"
+        file.write_text(recipe_file.dump(value))
+        yield value, file
+
+
+def _worker(*arguments: str, parse: bool = True) -> Any:
+    """What a verb of the worker answered. It has printed its own error where it failed."""
+    from launcher import supervise
+
+    done = supervise.ask_worker(list(arguments))
+    if done.returncode != 0:
+        if done.stdout:
+            print(done.stdout, end="")
+        raise typer.Exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
+    return json.loads(done.stdout) if parse else done.stdout
+
+
+def _plan(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
+    from launcher import hosts, supervise
+    from launcher import plan as plans
+
+    machines = hosts.local(value.launch.processes, supervise.gpu_count())
+    facts = _worker("facts", str(path), "--world-size", str(sum(h.slots for h in machines)))
+    return plans.make(value, machines, facts), facts
+
+
+def _create(run: Run, recipe: Path, resolved: Path, made: Plan, provenance: dict[str, Any]) -> None:
+    """The run directory, whole or not at all."""
+    from launcher import rundir
+    from launcher.rundir import Run
+
+    run.root.parent.mkdir(parents=True, exist_ok=True)
+    staged = Run(tempfile.mkdtemp(prefix=f".{run.root.name}.", dir=run.root.parent))  # 0700, like the run
+    try:
+        for folder in (staged.checkpoints, staged.attempts_dir, staged.stop_request.parent):
+            folder.mkdir()
+        rundir.write_bytes(staged.recipe, recipe.read_bytes())
+        rundir.write_bytes(staged.resolved, resolved.read_bytes())
+        rundir.write_json(staged.plan, made.to_json())
+        if made.deepspeed is not None:
+            rundir.write_json(staged.deepspeed, made.deepspeed)
+        rundir.write_json(staged.provenance, provenance)
+        os.rename(staged.root, run.root)
+        rundir.sync_dir(run.root.parent)
+    finally:
+        shutil.rmtree(staged.root, ignore_errors=True)
+
+
+def _attempt(run: Run, value: Recipe, made: Plan, *, fresh: bool, debug: bool) -> None:
+    """One attempt to its end; ends the command with its exit code."""
+    from launcher import rundir, supervise, ui
+    from launcher.errors import ExitCode
+
+    attempt = supervise.prepare_attempt(run, made, stop_grace_s=value.launch.stop_grace, fresh=fresh)
+    progress = ui.Progress(value.max_steps)
+    code = supervise.run_debug(attempt) if debug else supervise.run_attempt(attempt, made, progress)
+    failure = rundir.read_json(attempt.failure)
+    if failure is not None:
+        ui.error(f"error: {failure['message']}\n\nevidence: {failure['evidence']}\n\nhint: {failure['hint']}")
+        raise typer.Exit(code)
+    _show(run)
+    if code != ExitCode.FINISHED:
+        raise typer.Exit(code)
+
+
+def _show(run: Run) -> None:
+    """The report of a run as it stands, with the commands that make sense next."""
+    from launcher import report, ui
+
+    value = report.read(run)
+    at = value.best["step"] if value.best else (value.evaluations[-1]["step"] if value.evaluations else 0)
+    if value.state == "running":
+        commands = f"speechctl status {run.root}\nspeechctl stop {run.root}"
+    elif value.state == "finished":
+        commands = (
+            f"speechctl evaluate {run.root}\n"
+            f"speechctl export {run.root}\n"
+            f"speechctl transcribe {run.exports}/step-{at:08d} FILE.flac"
+        )
+    else:
+        commands = f"speechctl resume {run.root}"
+    ui.report(value, report.samples(run, at, 4), commands)
+
+
+def _which(run: Run, checkpoint: str) -> int:
+    """The step that `best`, `last` or a number means.
+
+    Raises:
+        NotFoundError: no such checkpoint is sealed; lists those that are.
+    """
+    from launcher import report
+    from launcher.errors import NotFoundError
+
+    value = report.read(run)
+    best = value.best["step"] if value.best else (value.sealed[-1] if value.sealed else None)
+    named = {"best": best, "last": value.sealed[-1] if value.sealed else None}
+    step = named.get(checkpoint, int(checkpoint) if checkpoint.isdigit() else None)
+    if step is None or step not in value.sealed:
+        raise NotFoundError(
+            f"{run.root} has no checkpoint {checkpoint}",
+            hint=f"sealed steps: {', '.join(map(str, value.sealed)) or 'none yet'}; say best, last or a step",
+        )
+    return step
+
+
+if __name__ == "__main__":
+    main()

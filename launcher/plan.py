@@ -1,0 +1,124 @@
+"""(recipe, hosts, facts) -> Plan: what `launch` would do, as a value. Pure: no disk, no clock, no environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import UsageError
+from launcher.hosts import Host
+from launcher.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to on given hosts."""
+
+    name: str
+    run_dir: str
+    backend: str
+    hosts: list[Host]
+    world_size: int
+    accumulation: int
+    """Micro-batches that each rank adds up in one optimizer step."""
+    micro_batch_seconds: float
+    """Most padded audio that a rank computes at once."""
+    step_seconds: float
+    max_steps: int
+    steps_per_epoch: int
+    epochs: float
+    utterances: int
+    evaluation_utterances: int
+    left_out: dict[str, int]
+    audio_hours: float
+    padding: float
+    """Share of the padded audio that is padding."""
+    straggler: float
+    """Mean over steps of the longest micro-batch over the mean one: 1 is no waiting."""
+    parameters: int
+    trained_parameters: int
+    state_bytes_per_rank: int
+    """Weights, gradients and optimizer state; activations come on top and depend on the batch."""
+    checkpoint_bytes: int
+    commands: list[list[str]]
+    deepspeed: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "hosts": [h.to_json() for h in self.hosts]}
+
+
+def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Plan:
+    """
+    Args:
+        facts: what `-m launcher.worker facts` printed for this recipe and world size.
+
+    Raises:
+        UsageError: the recipe cannot run on these hosts.
+    """
+    world_size = sum(h.slots for h in hosts)
+    accumulation = int(facts["accumulation"])
+    if recipe.data.synthesize is None and recipe.max_steps * facts["utterances"] == 0:
+        raise UsageError("nothing to train on", hint="see data.train in the recipe")
+    weights, trained = int(facts["parameters"]), int(facts["trained_parameters"])
+    state, saved = state_bytes(recipe, weights, trained, world_size)
+    node = "ATTEMPT/node.sh"
+    return Plan(
+        name=recipe.name,
+        run_dir=str(recipe.run_path),
+        backend=recipe.launch.backend,
+        hosts=list(hosts),
+        world_size=world_size,
+        accumulation=accumulation,
+        micro_batch_seconds=recipe.batch.step_seconds / (world_size * accumulation),
+        step_seconds=recipe.batch.step_seconds,
+        max_steps=recipe.max_steps,
+        steps_per_epoch=facts["steps_per_epoch"],
+        epochs=recipe.max_steps / facts["steps_per_epoch"],
+        utterances=facts["utterances"],
+        evaluation_utterances=facts["evaluation_utterances"],
+        left_out=facts["left_out"],
+        audio_hours=facts["audio_s"] / 3600,
+        padding=facts["padding"],
+        straggler=facts["straggler"],
+        parameters=weights,
+        trained_parameters=trained,
+        state_bytes_per_rank=state,
+        checkpoint_bytes=saved,
+        commands=[["bash", node, str(k)] for k in range(len(hosts))],
+        deepspeed=None if recipe.zero_stage == "off" else deepspeed_config(recipe, accumulation),
+    )
+
+
+def state_bytes(recipe: Recipe, weights: int, trained: int, world_size: int) -> tuple[int, int]:
+    """(bytes of model states on one rank, bytes of a checkpoint over all ranks).
+
+    ZeRO paper, §3: with mixed precision 2 bytes a weight, 2 a gradient, 12 of optimizer state (fp32 weight and two
+    moments); stage 1 shares out the optimizer state, 2 the gradients too, 3 the weights too. In fp32 without ZeRO the
+    weights are their own master copy.
+    """
+    stage = 0 if recipe.zero_stage == "off" else recipe.zero_stage
+    mixed = recipe.precision == "bf16" and recipe.zero_stage != "off"
+    unit = 2 if mixed else 4
+    optimizer = 12 if mixed or stage >= 1 else 8
+    per_rank = (
+        weights * unit / (world_size if stage >= 3 else 1)
+        + trained * unit / (world_size if stage >= 2 else 1)
+        + trained * optimizer / (world_size if stage >= 1 else 1)
+    )
+    saved = trained * optimizer + (weights * unit if stage < 3 else (weights - trained) * unit)
+    return int(per_rank), int(saved)
+
+
+def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given. The optimizer is ours, and so is the learning rate."""
+    return {
+        # Batches are cut by seconds, not by count: the sampler feeds them, DeepSpeed only counts micro-batches.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optimizer.grad_clip,
+        "zero_optimization": {"stage": recipe.zero_stage},
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

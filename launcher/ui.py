@@ -1,0 +1,186 @@
+"""How things look: the only user of rich. Answers go to stdout, progress to stderr, and nothing needs colour."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from launcher.errors import printable
+from launcher.plan import Plan
+from launcher.report import Report
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+DIM, BRIGHT = (88, 48, 128), (216, 160, 255)
+"""The product's purple: a run starts at the first shade and ends at the second."""
+
+
+def purple(wer: float, first: float, best: float) -> str:
+    """A shade that brightens as WER falls from the first one seen to the best."""
+    span = first - best
+    share = 1.0 if span <= 0 or math.isnan(wer) else min(1.0, max(0.0, (first - wer) / span))
+    red, green, blue = (round(d + (b - d) * share) for d, b in zip(DIM, BRIGHT, strict=True))
+    return f"rgb({red},{green},{blue})"
+
+
+def error(text: str) -> None:
+    first, _, rest = text.partition("\n")
+    err.print(Text(first, style="bold red" if first.startswith("error:") else ""))
+    if rest:
+        err.print(Text(rest))
+
+
+def say(text: str) -> None:
+    err.print(Text(printable(text)))
+
+
+def answer(text: str) -> None:
+    out.print(Text(text))
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def grid(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        answer(f"{name:<{width}}{printable(value)}")
+
+
+def plan(value: Plan) -> None:
+    """The plan as a person reads it before saying yes."""
+    ranks = f"{value.world_size} on " + ", ".join(f"{h.name} ({h.slots})" for h in value.hosts)
+    stage = "off (Accelerate)" if value.deepspeed is None else str(value.deepspeed["zero_optimization"]["stage"])
+    left_out = "".join(f"; left out: {count} {reason}" for reason, count in value.left_out.items())
+    grid(
+        [
+            ("run", f"{value.name} in {value.run_dir}"),
+            ("ranks", f"{ranks}, backend {value.backend}, ZeRO {stage}"),
+            (
+                "step",
+                f"{value.step_seconds:g} padded s = {value.world_size} ranks x {value.accumulation} micro-batches"
+                f" x {value.micro_batch_seconds:g} s",
+            ),
+            ("steps", f"{value.max_steps} = {value.epochs:.2f} epochs of {value.steps_per_epoch}"),
+            ("training", f"{value.utterances} utterances, {value.audio_hours:.2f} h{left_out}"),
+            ("padding", f"{value.padding:.1%}; straggler factor {value.straggler:.3f}"),
+            ("evaluation", f"{value.evaluation_utterances} utterances"),
+            ("model", f"{value.parameters:,} parameters, {value.trained_parameters:,} trained"),
+            ("memory", f"{size(value.state_bytes_per_rank)} of model states a rank, activations on top"),
+            ("checkpoint", size(value.checkpoint_bytes)),
+            *((f"node {k}", " ".join(command)) for k, command in enumerate(value.commands)),
+        ]
+    )
+
+
+class Progress:
+    """Prints what an attempt's rank 0 reports, a line a fact; steps at most every few seconds."""
+
+    EVERY_S = 5.0
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+        self.shown = 0.0
+        self.first: float | None = None
+        self.best = math.inf
+        self.audio_s = 0.0
+        self.step_s = 0.0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        kind = row.get("event")
+        if kind is None:
+            self._step(row)
+        elif kind == "evaluated":
+            self.first = row["wer"] if self.first is None else self.first
+            self.best = min(self.best, row["wer"])
+            text = (
+                f"step {row['step']}: WER {row['wer']:.2%}  ({row['substitutions']} sub, {row['insertions']} ins,"
+                f" {row['deletions']} del of {row['words']} words in {row['utterances']} utterances)"
+                f"  loss {row['loss']:.4g}  {row['blocked_s']:.1f} s"
+            )
+            err.print(Text(text, style=purple(row["wer"], self.first, self.best)))
+        elif kind in LINES:
+            say(LINES[kind].format(**row))
+
+    def _step(self, row: dict[str, Any]) -> None:
+        self.audio_s += row["audio_s"]
+        self.step_s += row["step_s"]
+        if time.monotonic() - self.shown < self.EVERY_S and row["step"] != self.max_steps:
+            return
+        self.shown = time.monotonic()
+        speed = self.audio_s / self.step_s if self.step_s else 0.0
+        err.print(
+            f"step {row['step']}/{self.max_steps}  epoch {row['epoch']}  loss {row['loss']:.4g}"
+            f"  grad norm {row['grad_norm']:.3g}  lr {row['learning_rate']:.2e}  {speed:.0f}x real time"
+        )
+
+
+LINES = {
+    "started": "{world_size} ranks are up: {utterances} utterances, from step {step} to {max_steps}",
+    "put_aside": "a checkpoint does not verify and was put aside: {problem}",
+    "sealed": "step {step}: sealed a checkpoint in {blocked_s:.1f} s",
+    "save_failed": "step {step}: no checkpoint: {error}; training goes on",
+    "stopping": "stopping: all ranks finish their step and seal it (Ctrl-C again ends them at once)",
+    "killing": "ending the ranks now; sealed checkpoints stay",
+    "stopped": "step {step}: stopped, and sealed",
+    "finished": "step {step}: finished, and sealed",
+}
+
+
+def report(value: Report, heard: list[dict[str, Any]], checkpoint_hint: str) -> None:
+    """A run at its end, or where it stands."""
+    rate = value.audio_s / value.training_s if value.training_s else 0.0
+    best = "none" if value.best is None else f"step {value.best['step']}, WER {value.best['wer']:.2%}"
+    sealed = ", ".join(str(s) for s in value.sealed) or "none"
+    grid(
+        [
+            ("run", f"{value.name} in {value.run_dir}"),
+            ("state", state(value)),
+            ("steps", f"{value.step} of {value.max_steps}, {value.attempts} attempt(s)"),
+            ("audio", f"{rate / 3600:.4f} h/s ({rate:.0f}x real time), {value.audio_s / 3600:.2f} h trained on"),
+            ("sealed", f"{sealed}; best: {best}"),
+        ]
+    )
+    if value.evaluations:
+        out.print()
+        curve(value.evaluations)
+    if heard:
+        out.print()
+        for row in heard:
+            out.print(Text(printable(f"said   {row['ref']}\nheard  {row['hyp']}")))
+    if value.failure:
+        out.print()
+        out.print(Text(printable(f"failed: {value.failure['message']}\nevidence: {value.failure['evidence']}")))
+    out.print()
+    out.print(Text("next:"))
+    for line in checkpoint_hint.splitlines():
+        out.print(Text(f"  {line}"))
+
+
+def state(value: Report) -> str:
+    if value.holder is not None:
+        return f"running: pid {value.holder.get('pid')} on {value.holder.get('host')}"
+    return value.state
+
+
+def curve(evaluations: list[dict[str, Any]]) -> None:
+    """WER over the steps, a bar for each evaluation."""
+    first = evaluations[0]["wer"]
+    best = min(e["wer"] for e in evaluations)
+    answer(f"{'step':>8}  {'WER':>7}  {'sub':>5} {'ins':>5} {'del':>5} {'words':>6}  loss")
+    for e in evaluations:
+        counts = f"{e['substitutions']:>5} {e['insertions']:>5} {e['deletions']:>5} {e['words']:>6}"
+        bar = "█" * round(min(1.0, e["wer"]) * 30)
+        text = f"{e['step']:>8}  {e['wer']:>7.2%}  {counts}  {e['loss']:<8.4g} {bar}"
+        out.print(Text(text, style=purple(e["wer"], first, best)))

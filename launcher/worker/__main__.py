@@ -1,0 +1,147 @@
+"""`python -m launcher.worker VERB …`: the one door from the control side to everything that imports torch.
+
+`train` is what torchrun starts, once for each rank; the other verbs run in one process under a command of the CLI.
+What a verb answers goes to stdout, progress and errors to stderr, and the exit code is that of `launcher.errors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from launcher import rundir
+from launcher.errors import ExitCode, SpeechctlError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser("train")
+    train.add_argument("attempt", type=Path)
+    train.add_argument("--fresh", action="store_true")
+    train.add_argument("--debug", action="store_true")
+    for verb in ("facts", "pack"):
+        command = verbs.add_parser(verb)
+        command.add_argument("recipe", type=Path)
+        if verb == "pack":
+            command.add_argument("--processes", type=int, default=1)
+        else:
+            command.add_argument("--world-size", type=int, required=True)
+    for verb in ("evaluate", "export"):
+        command = verbs.add_parser(verb)
+        command.add_argument("run", type=Path)
+        command.add_argument("--step", type=int, required=True)
+        command.add_argument("--target", type=Path, required=True)
+        if verb == "evaluate":
+            command.add_argument("--subset", action="append", default=[])
+    transcribe = verbs.add_parser("transcribe")
+    transcribe.add_argument("model", type=Path)
+    transcribe.add_argument("files", type=Path, nargs="+")
+    transcribe.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.verb == "train":
+        return train_rank(rundir.Attempt(options.attempt), options.fresh, options.debug)
+    end_with_parent()
+    try:
+        from launcher.worker import verbs as implementations
+
+        return int(getattr(implementations, options.verb)(options))
+    except SpeechctlError as error:
+        print(error.render(), file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+
+
+def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:
+    """One rank, with everything around it that must stand before torch is imported."""
+    rank = int(os.environ.get("RANK", "0"))
+    stop_flag = [False]
+    if not debug:
+        end_with_parent()
+        log = os.open(attempt.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's
+    else:
+        signal.signal(signal.SIGINT, lambda *_: stop_flag.__setitem__(0, True))
+    # A handler sets a flag and no more; all ranks agree on it after the step.
+    signal.signal(signal.SIGTERM, lambda *_: stop_flag.__setitem__(0, True))
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+    rundir.write_json(attempt.rank(rank), who)
+    try:
+        from launcher.worker import train
+
+        train.run(attempt.root, stop_flag, fresh)
+        return 0  # torchrun knows only 0 and not 0: the true code is in exit.json
+    except BaseException as error:
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        record_failure(attempt, rank, error)
+        if debug and sys.stdin.isatty():
+            import pdb
+
+            pdb.post_mortem(error.__traceback__)
+        if debug:
+            return int(failure_code(error))
+        sys.stdout.flush()
+        # Not by way of atexit and destructors: a process group whose peers are gone can hang there.
+        os._exit(1)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, whatever kills the parent."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent or parent == 1:
+        raise SystemExit("the process that started this one is gone")
+
+
+def record_failure(attempt: rundir.Attempt, rank: int, error: BaseException) -> None:
+    """This rank's account of its end, for the launcher, which names the earliest."""
+    hint = error.hint if isinstance(error, SpeechctlError) else None
+    rundir.write_json(
+        attempt.rank_failure(rank),
+        {
+            "rank": rank,
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "type": type(error).__name__,
+            "message": error.message if isinstance(error, SpeechctlError) else str(error)[:4000],
+            "hint": hint,
+            "code": int(failure_code(error)),
+            "lost_peer": lost_peer(error),
+            "traceback": traceback.format_exception(error)[-12:],
+        },
+    )
+
+
+def failure_code(error: BaseException) -> ExitCode:
+    if isinstance(error, SpeechctlError):
+        return error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ExitCode.OUT_OF_MEMORY
+    return ExitCode.INFRASTRUCTURE if lost_peer(error) else ExitCode.TRAINING_RAISED
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether this rank only noticed that another one was gone: gloo, NCCL and the store have no type for it."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+    return type(error).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError") and any(
+        sign in str(error) for sign in signs
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""DeepSpeed (ZeRO 0-3) behind `engine.Engine`, and the one class that it writes checkpoints through."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from torch import Tensor
+
+from launcher.recipe import Recipe
+from launcher.rundir import sync_file
+from launcher.worker.backbone import SpeechModel
+from launcher.worker.data import Tensors
+from launcher.worker.engine import Engine, optimizer_for
+from launcher.worker.ranks import Ranks
+
+TAG = "deepspeed"
+"""The directory that DeepSpeed makes inside a checkpoint."""
+
+
+class DeepSpeedEngine(Engine):
+    def __init__(self, model: SpeechModel, recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> None:
+        # Without this DeepSpeed compiles a shared-memory collective for CPUs at its first start (measured: 1.5-2
+        # minutes of g++, and 69 MB left in /dev/shm); gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo")
+        self.model = model
+        self.device = ranks.device
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model.to(ranks.device), optimizer=optimizer_for(model, recipe), config=config
+        )
+        self._check(recipe, ranks)
+        self.grad_clip = recipe.optimizer.grad_clip
+        # DeepSpeed computes no norm of its own at stage 0 in fp32; everywhere else it clips by its configuration.
+        self.clips_itself = recipe.zero_stage == 0 and recipe.precision == "fp32"
+        self.files = CheckpointFiles()
+        self.engine.checkpoint_engine = self.files
+        # A copy of DeepSpeed's recovery script in every checkpoint: unneeded, and rank 0 would raise from it alone.
+        self.engine._copy_recovery_script = lambda _: None
+
+    def _check(self, recipe: Recipe, ranks: Ranks) -> None:
+        wanted = {
+            "ZeRO stage": (recipe.zero_stage, self.engine.zero_optimization_stage()),
+            "bf16": (recipe.precision == "bf16", self.engine.bfloat16_enabled()),
+            "world size": (ranks.world_size, self.engine.world_size),
+            "engine": ("DeepSpeedEngine", type(self.engine).__name__),
+        }
+        for what, (asked, got) in wanted.items():
+            if asked != got:
+                raise RuntimeError(f"DeepSpeed made {what} {got}; the recipe asks for {asked}")
+
+    def backward(self, tensors: Tensors, factor: float, last: bool) -> Tensor:
+        if self.engine.is_gradient_accumulation_boundary() != last:
+            raise RuntimeError("DeepSpeed counts another accumulation than the sampler")
+        losses, _ = self.engine(self.to_device(tensors))
+        total: Tensor = losses.sum()
+        self.engine.backward(total * factor)
+        if not last:
+            self.engine.step()  # counts the micro-batch; updates nothing
+        return total.detach()
+
+    def step(self, learning_rate: float) -> float:
+        norm: Any = None
+        if self.clips_itself:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return float(norm)
+
+    def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
+        stage3 = self.engine.zero_optimization_stage() == 3
+        losses, texts = self.engine.module(tensors, transcribe=True, in_step=stage3)
+        return losses, texts
+
+    def save(self, folder: Path) -> list[Path]:
+        self.files.begin()
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.files.error is not None:
+            raise self.files.error
+        return self.files.written
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found nothing to load in {folder / TAG}")
+
+
+class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
+    """Writes what DeepSpeed hands over, fsynced, and remembers which files are this rank's.
+
+    DeepSpeed has barriers around `save`: an exception on one rank would leave the others waiting there for the whole
+    process-group timeout. So an error is kept here and raised by `DeepSpeedEngine.save` once all ranks are out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        self.written: list[Path] = []
+        self.error: Exception | None = None
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.error = self.error or error
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            torch.save(state_dict, path)
+            sync_file(Path(path))
+            self.written.append(Path(path))
+        except Exception as error:
+            self.error = self.error or error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        # A pickle. `checkpoint.restore` has checked it against the manifest that this run wrote.
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True

@@ -1,0 +1,87 @@
+"""What the ranks of one run say to each other, on the CPU: decisions, sums, votes and text.
+
+One process is a world of its own, and every function here then answers at once. Gradients go elsewhere: they belong
+to the engine.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launcher.errors import SpeechctlError
+
+T = TypeVar("T")
+
+TIMEOUT_S = 600
+"""Of one exchange on the CPU group. Longer than any save or evaluation batch that was seen; gloo's own is 1,800 s."""
+
+
+class Ranks:
+    """This process's place among the ranks, as torchrun's environment gives it."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self._group: Any = None
+
+    def connect(self) -> None:
+        """Make the CPU group, once the engine's own process group is up (or make that, when it is not)."""
+        if self.world_size == 1:
+            return
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=1800)
+            )
+        if dist.get_world_size() != self.world_size:
+            raise RuntimeError(f"the process group has {dist.get_world_size()} ranks, {self.world_size} were launched")
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+
+    def close(self) -> None:
+        """Leave together: a rank that goes early aborts the others, and the job fails after its work is done."""
+        if dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in float64; the same bits on every rank."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._group)
+        return [float(v) for v in tensor]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank. For text and small records; pickled, among our own processes only."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self._group)
+
+    def agree(self, what: str, value: str) -> None:
+        """Check that every rank has the same value.
+
+        Raises:
+            SpeechctlError: they differ; names who has what.
+        """
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            seen = ", ".join(f"rank {r}: {v}" for r, v in enumerate(values))
+            raise SpeechctlError(
+                f"the ranks disagree about {what}: {seen}",
+                hint="they read different packs, code or recipes; compare the nodes",
+            )

@@ -1,0 +1,312 @@
+"""The training loop of one rank, from the sealed checkpoint it resumes from to the last step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+
+from launcher import recipe_file, rundir
+from launcher.errors import DataError, ExitCode, SpeechctlError
+from launcher.recipe import Recipe, TriStage
+from launcher.rundir import Attempt
+from launcher.worker import engine as engines
+from launcher.worker.backbone import SpeechModel, build
+from launcher.worker.checkpoint import Checkpoints, Identity
+from launcher.worker.data import SAMPLE_RATE_HZ, Tensors, Utterances, ahead
+from launcher.worker.evaluate import Evaluator, Moment, is_due
+from launcher.worker.ranks import Ranks
+from launcher.worker.sampler import MicroBatch, Sampler, Step, accumulation, digest, utterances_in
+
+
+def learning_rate(schedule: TriStage, peak: float, step: int, max_steps: int) -> float:
+    """Tri-stage (fairseq): linear warm-up, hold, exponential decay. `step` counts from 0."""
+    warmup, hold = schedule.warmup * max_steps, schedule.hold * max_steps
+    if step < warmup:
+        return peak * (schedule.init_scale + (1 - schedule.init_scale) * step / warmup)
+    if step < warmup + hold:
+        return peak
+    decay = max_steps - warmup - hold
+    return peak * math.exp(math.log(schedule.final_scale) * min(1.0, (step - warmup - hold) / decay))
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What the run trains on: the utterances of its packs that it can use."""
+
+    utterances: Utterances
+    usable: Any
+    """Positions in `utterances`, shape (usable,), int64."""
+    seconds: Any
+    """Padded seconds of each usable utterance, float64."""
+    left_out: dict[str, int]
+    """How many were left out, by reason."""
+
+    @staticmethod
+    def open(recipe: Recipe, model: SpeechModel) -> TrainingSet:
+        """
+        Raises:
+            DataError: no utterance is left.
+        """
+        utterances = Utterances([recipe.pack(s) for s in recipe.data.train])
+        lengths = utterances.lengths
+        seconds = lengths["n_samples"] / SAMPLE_RATE_HZ
+        keep = seconds >= recipe.data.min_utterance
+        left_out = {"shorter than data.min_utterance": int((~keep).sum())}
+        for reason, mask in (
+            ("longer than data.max_utterance", seconds <= recipe.data.max_utterance),
+            ("not for this backbone (letters, or more of them than frames)", model.feasible(lengths)),
+        ):
+            left_out[reason] = int((keep & ~mask).sum())
+            keep = keep & mask
+        usable = keep.nonzero()[0].astype("int64")[: recipe.data.max_train_utterances]
+        if len(usable) == 0:
+            raise DataError(
+                f"no training utterance is left of {len(lengths)}: {left_out}",
+                hint="widen data.min_utterance and data.max_utterance, or look at the packs' stats.json",
+            )
+        padded = model.padded_samples(lengths["n_samples"][usable].astype("int64")) / SAMPLE_RATE_HZ
+        return TrainingSet(utterances, usable, padded, {k: v for k, v in left_out.items() if v})
+
+
+class Training:
+    """One rank's training, from launch to exit."""
+
+    def __init__(self, attempt: Attempt, stop_flag: list[bool], fresh: bool) -> None:
+        self.attempt = attempt
+        self.run = attempt.run
+        self.stop_flag = stop_flag
+        self.recipe = recipe_file.load(self.run.resolved)
+        self.ranks = ranks = Ranks()
+        batch = self.recipe.batch
+        self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
+        model = build(self.recipe.backbone, seed=self.recipe.seed)
+        config = rundir.read_json(self.run.deepspeed)
+        self.engine = engines.make(model, self.recipe, self.accumulation, config, ranks)
+        ranks.connect()
+        # Every rank has dice of its own, for dropout and masks; weights and order come from the seed alone.
+        set_seed(self.recipe.seed + ranks.rank)
+        self.data = TrainingSet.open(self.recipe, model)
+        self.sampler = Sampler(self.data.seconds, step_seconds=batch.step_seconds, seed=self.recipe.seed)
+        self.evaluator = Evaluator(self.recipe, model, ranks)
+        identity = Identity(
+            world_size=ranks.world_size,
+            zero_stage=str(self.recipe.zero_stage),
+            precision=self.recipe.precision,
+            backbone=rundir.digest_json(self.recipe.backbone.model_dump()),
+            packs=self.data.utterances.digest,
+        )
+        self.checkpoints = Checkpoints(attempt, self.engine, ranks, identity, self.recipe.checkpoint.keep_last)
+        self.checkpoints.fence()
+        self.progress, put_aside = self.checkpoints.restore(fresh)
+        for problem in put_aside:
+            self.event("put_aside", problem=problem)
+        self.tracker = self._tracker()
+        self.last_evaluation = time.monotonic()
+        self.sealed_step = self.progress.step if self.progress.step else -1
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Rank 0's record of what happened; the launcher follows it."""
+        if self.ranks.rank == 0:
+            rundir.append_line(self.attempt.events, {"event": event, "time": time.time(), **facts})
+
+    def _tracker(self) -> Any:
+        if self.ranks.rank != 0 or "tensorboard" not in self.recipe.trackers:
+            return None
+        from accelerate.tracking import TensorBoardTracker
+
+        # Steps after the one resumed from were rolled back; what they logged is purged.
+        tracker = TensorBoardTracker(self.recipe.name, str(self.run.tensorboard), purge_step=self.progress.step)
+        tracker.start()
+        return tracker
+
+    # The story ------------------------------------------------------------------------------------------------------
+
+    def go(self) -> ExitCode:
+        """Train to the last step, or to the step at which all ranks agreed to stop.
+
+        Returns:
+            FINISHED, or STOPPED with the work sealed. What `exit.json` says is the truth for the launcher.
+        """
+        progress = self.progress
+        self.event(
+            "started",
+            step=progress.step,
+            max_steps=self.recipe.max_steps,
+            world_size=self.ranks.world_size,
+            accumulation=self.accumulation,
+            utterances=len(self.data.usable),
+            left_out=self.data.left_out,
+        )
+        stopped = False
+        if (
+            progress.step == 0 and self.recipe.evaluate.at_start and progress.evaluated_step < 0
+        ) or progress.evaluation_due:
+            stopped = not self.evaluate()
+        while progress.step < self.recipe.max_steps and not stopped:
+            stopped = self.epoch()
+        if not stopped and self.recipe.evaluate.at_end and progress.evaluated_step < progress.step:
+            stopped = not self.evaluate()
+        self.seal()
+        code = ExitCode.STOPPED if stopped else ExitCode.FINISHED
+        if self.sealed_step != progress.step:
+            raise SpeechctlError(
+                f"step {progress.step} could not be sealed", hint="see events.jsonl of this attempt for the reason"
+            )
+        if self.ranks.rank == 0:
+            rundir.write_json(self.attempt.exit, {"code": code, "step": progress.step, "sealed_step": self.sealed_step})
+        self.event("stopped" if stopped else "finished", step=progress.step)
+        if self.tracker is not None:
+            self.tracker.finish()
+        self.ranks.close()
+        return code
+
+    def epoch(self) -> bool:
+        """The rest of this epoch. Returns True when the ranks agreed to stop."""
+        progress, recipe = self.progress, self.recipe
+        done = progress.cursor.steps
+        steps = self.sampler.steps_left(progress.cursor, self.ranks.world_size, self.accumulation)
+        if not steps:
+            progress.cursor.epoch, progress.cursor.history = progress.cursor.epoch + 1, []
+            return False
+        self.ranks.agree("the order of utterances", digest(steps))
+        of_epoch = done + len(steps)
+        steps = steps[: recipe.max_steps - progress.step]
+        feed = ahead(self._load, [b for step in steps for b in step[self.ranks.rank :: self.ranks.world_size]])
+        for step in steps:
+            stop = self.one_step(step, feed)
+            epochs_before = progress.cursor.epoch + (progress.cursor.steps - 1) / of_epoch
+            epochs = progress.cursor.epoch + progress.cursor.steps / of_epoch
+            minutes = (time.monotonic() - self.last_evaluation) / 60
+            moment = Moment(progress.step, epochs, epochs_before, minutes)
+            # Rank 0's clock and rank 0's view of the control directory decide for all.
+            asked = self.run.save_request.exists()
+            wishes = [is_due(recipe.evaluate, moment, recipe.max_steps), asked]
+            due, save = (bool(x) for x in self.ranks.sum([float(w and self.ranks.rank == 0) for w in wishes]))
+            progress.evaluation_due = due
+            if due and not stop:
+                stop = not self.evaluate()
+            if stop or save or progress.step % recipe.checkpoint.every_steps == 0:
+                self.seal()
+            if asked and self.ranks.rank == 0:
+                self.run.save_request.unlink(missing_ok=True)
+            if stop:
+                feed.close()
+                return True
+        return False
+
+    def one_step(self, step: Step, feed: Iterator[tuple[list[str], Tensors]]) -> bool:
+        """One optimizer step over all ranks. Returns True when any rank was asked to stop."""
+        began = time.monotonic()
+        progress, recipe = self.progress, self.recipe
+        mine = step[self.ranks.rank :: self.ranks.world_size]
+        count = utterances_in(step)
+        total: Any = 0.0
+        ids: list[str] = []
+        for number, batch in enumerate(mine):
+            utt_ids, tensors = next(feed)
+            # Sum over utterances, over all ranks and all accumulation, divided by their number: the factor undoes
+            # the engine's plain mean over ranks and micro-batches.
+            factor = 0.0 if batch.filler else self.ranks.world_size * self.accumulation / count
+            loss = self.engine.backward(tensors, factor, last=number == len(mine) - 1)
+            if not batch.filler:
+                total = total + loss.double()
+                ids += utt_ids
+        rate = learning_rate(recipe.schedule, recipe.optimizer.learning_rate, progress.step, recipe.max_steps)
+        grad_norm = self.engine.step(rate)
+        stop = self.stop_flag[0] or (self.ranks.rank == 0 and self.run.stop_request.exists())
+        seconds = [self.sampler.padded(b.indices) for b in mine if not b.filler]
+        loss_sum, stops, padded = self.ranks.sum([float(total), float(stop), sum(seconds)])
+        progress.step += 1
+        progress.cursor.advance(self.ranks.world_size, self.accumulation)
+        epoch = progress.cursor.epoch
+        rundir.append_line(self.attempt.ledger(self.ranks.rank), {"step": progress.step, "epoch": epoch, "ids": ids})
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+            raise SpeechctlError(
+                f"step {progress.step}: loss {loss_sum / count} and gradient norm {grad_norm} are not both finite;"
+                f" rank {self.ranks.rank} trained on {', '.join(ids)}",
+                hint="lower optimizer.learning_rate or optimizer.grad_clip; the newest checkpoint is untouched",
+            )
+        if self.ranks.rank == 0:
+            samples = self.data.utterances.lengths["n_samples"][
+                [int(self.data.usable[i]) for b in step if not b.filler for i in b.indices]
+            ]
+            metrics = {
+                "step": progress.step,
+                "epoch": epoch,
+                "loss": loss_sum / count,
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "utterances": count,
+                "audio_s": round(float(samples.sum()) / SAMPLE_RATE_HZ, 3),
+                "padded_s": round(padded, 3),
+                "step_s": round(time.monotonic() - began, 4),
+                "time": round(time.time(), 3),
+            }
+            rundir.append_line(self.attempt.metrics, metrics)
+            if self.tracker is not None:
+                shown = ("loss", "grad_norm", "learning_rate")
+                self.tracker.log({f"train/{k}": metrics[k] for k in shown}, step=progress.step)
+        return stops > 0
+
+    def _load(self, batch: MicroBatch) -> tuple[list[str], Tensors]:
+        examples = [self.data.utterances.example(int(self.data.usable[i])) for i in batch.indices]
+        tensors = self.engine.model.collate([e.waveform for e in examples], [e.text for e in examples])
+        return [e.utt_id for e in examples], tensors
+
+    def evaluate(self) -> bool:
+        """Evaluate now. Returns False when the ranks agreed to stop in the middle of it; it is then due at resume."""
+        progress, began = self.progress, time.monotonic()
+        progress.evaluation_due = True
+        self.event("evaluating", step=progress.step)
+        rows = self.evaluator.compute(
+            self.engine.infer, lambda: self.stop_flag[0] or (self.ranks.rank == 0 and self.run.stop_request.exists())
+        )
+        if rows is None:
+            return False
+        mine: dict[str, Any] = {}
+        if self.ranks.rank == 0:
+            target = self.run.evaluation(progress.step)
+            mine = self.evaluator.publish(target, progress.step, rows, self.attempt.number, time.monotonic() - began)
+            shown = ("wer", "loss", "substitutions", "insertions", "deletions", "words", "utterances", "blocked_s")
+            self.event("evaluated", step=progress.step, **{k: mine[k] for k in shown})
+            if self.tracker is not None:
+                self.tracker.log({"evaluate/wer": mine["wer"], "evaluate/loss": mine["loss"]}, step=progress.step)
+        wer = self.ranks.gather(mine.get("wer"))[0]
+        assert wer is not None
+        progress.evaluated_step, progress.evaluation_due = progress.step, False
+        self.last_evaluation = time.monotonic()
+        if wer < progress.best_wer and progress.step > 0:
+            before = progress.best_wer, progress.best_step
+            progress.best_wer, progress.best_step = wer, progress.step
+            self.seal()
+            if self.sealed_step != progress.step:
+                progress.best_wer, progress.best_step = before
+            elif self.ranks.rank == 0:
+                rundir.write_json(self.run.best, {"step": progress.step, "wer": wer})
+        return True
+
+    def seal(self) -> None:
+        """Seal a checkpoint of this step, unless there is one; a failure is recorded and training goes on."""
+        progress = self.progress
+        if self.sealed_step == progress.step:
+            return
+        began = time.monotonic()
+        self.event("saving", step=progress.step)
+        error = self.checkpoints.save(progress)
+        blocked_s = round(time.monotonic() - began, 3)
+        if error is not None:
+            self.event("save_failed", step=progress.step, error=error, blocked_s=blocked_s)
+            return
+        self.sealed_step = progress.step
+        self.event("sealed", step=progress.step, blocked_s=blocked_s)
+        self.checkpoints.retain(progress)
+
+
+def run(attempt_dir: Path, stop_flag: list[bool], fresh: bool) -> ExitCode:
+    return Training(Attempt(attempt_dir), stop_flag, fresh).go()

@@ -1,0 +1,195 @@
+"""What the commands of the CLI ask of the worker besides training: each runs in one process and answers on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher import recipe_file, rundir
+from launcher.errors import DataError, UsageError
+from launcher.recipe import Recipe
+from launcher.rundir import Run
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def pack(options: argparse.Namespace) -> int:
+    """Make the corpus where the recipe asks for synthetic speech, then every pack that is not sealed yet."""
+    from launcher.worker.pack import write_pack
+
+    recipe = recipe_file.load(options.recipe)
+    corpus = recipe.data.corpus
+    if recipe.data.synthesize is not None and not corpus.exists():
+        from launcher.worker.synthesize import synthesize
+
+        say(f"making synthetic speech in {corpus}")
+        wanted = recipe.data.synthesize
+        synthesize(corpus, wanted.train_utterances, wanted.dev_utterances, seed=recipe.seed)
+    answers = []
+    for subset in recipe.subsets:
+        target = recipe.pack(subset)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        manifest = write_pack(corpus, subset, target, recipe.data.shard_size, options.processes, say)
+        stats = rundir.read_json(target / "stats.json")
+        answers.append({"subset": subset, "pack": str(target), "digest": manifest["digest"], **stats})
+    print(json.dumps(answers))
+    return 0
+
+
+def facts(options: argparse.Namespace) -> int:
+    """What the plan needs and only torch or the packs can tell. No weights are loaded."""
+    from launcher.worker.backbone import skeleton
+    from launcher.worker.sampler import Cursor, Sampler, accumulation
+    from launcher.worker.train import TrainingSet
+
+    recipe = recipe_file.load(options.recipe)
+    model = skeleton(recipe.backbone)
+    data = TrainingSet.open(recipe, model)
+    batch, world_size = recipe.batch, options.world_size
+    each = accumulation(batch.step_seconds, batch.max_rank_seconds, world_size)
+    sampler = Sampler(data.seconds, step_seconds=batch.step_seconds, seed=recipe.seed)
+    try:
+        steps = sampler.steps_left(Cursor(0, []), world_size, each)
+    except ValueError as error:
+        raise UsageError(
+            f"the batch does not fit: {error}",
+            hint="raise batch.step_seconds and batch.max_rank_seconds, or lower data.max_utterance",
+        ) from error
+    padded = np.array([[sampler.padded(b.indices) for b in step] for step in steps])
+    answer: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for _, p in model.trained()),
+        "utterances": len(data.usable),
+        "left_out": data.left_out,
+        "audio_s": float(data.utterances.lengths["n_samples"][data.usable].sum() / 16000),
+        "accumulation": each,
+        "steps_per_epoch": len(steps),
+        "padding": 1 - float(data.seconds.sum() / padded.sum()),
+        "straggler": float((padded.max(1) / padded.mean(1)).mean()),
+        "packs": data.utterances.digest,
+    }
+    from launcher.worker.pack import open_pack
+
+    answer["evaluation_utterances"] = sum(len(open_pack(recipe.pack(s))) for s in recipe.evaluate.subsets)
+    print(json.dumps(answer))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """WER of one sealed checkpoint, in this process."""
+    from launcher.worker.evaluate import Evaluator
+    from launcher.worker.ranks import Ranks
+
+    recipe = recipe_file.load(Run(options.run).resolved)
+    if options.subset:
+        cadence = recipe.evaluate.model_copy(update={"subsets": options.subset})
+        recipe = recipe.model_copy(update={"evaluate": cadence})
+    model = restored(Run(options.run), recipe, options.step).eval()
+    evaluator = Evaluator(recipe, model, Ranks())
+    began = time.monotonic()
+
+    def infer(tensors: Any) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            return model(tensors, transcribe=True)
+
+    rows = evaluator.compute(infer, lambda: False)
+    assert rows is not None
+    result = evaluator.publish(options.target, options.step, rows, attempt=0, blocked_s=time.monotonic() - began)
+    print(json.dumps(result))
+    return 0
+
+
+def restored(run: Run, recipe: Recipe, step: int) -> Any:
+    """The run's model with the weights of one sealed checkpoint.
+
+    Raises:
+        DataError: the checkpoint does not verify, or holds other weights than the model has.
+    """
+    from launcher.worker.backbone import build
+    from launcher.worker.checkpoint import weights_of
+
+    model = build(recipe.backbone, seed=recipe.seed)
+    folder = run.checkpoint(step)
+    weights = weights_of(folder)
+    problems = model.load_state_dict(weights, strict=False)
+    # Tied weights are stored once; whatever is left must share memory with something that was loaded.
+    loaded = {t.data_ptr() for n, t in model.state_dict().items() if n in weights}
+    missing = [n for n in problems.missing_keys if model.state_dict()[n].data_ptr() not in loaded]
+    if missing or problems.unexpected_keys:
+        raise DataError(
+            f"{folder} does not hold this model: missing {missing[:3]}, unexpected {problems.unexpected_keys[:3]}",
+            hint="evaluate and export with the version of speechctl that trained the run",
+        )
+    return model
+
+
+def export(options: argparse.Namespace) -> int:
+    """One checkpoint as a directory that other programs can load; sealed or absent."""
+    from launcher.worker.backbone import write_export
+
+    run = Run(options.run)
+    recipe = recipe_file.load(run.resolved)
+    target: Path = options.target
+    staged = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    staged.mkdir()
+    try:
+        write_export(restored(run, recipe, options.step), staged)
+        source = {
+            "run": str(run.root),
+            "step": options.step,
+            "checkpoint": rundir.manifest_of(run.checkpoint(options.step))["digest"],
+        }
+        rundir.seal(staged, target, {"format": "speechctl.export/1", "source": source})
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    print(target)
+    return 0
+
+
+def transcribe(options: argparse.Namespace) -> int:
+    """One line of text for each sound file, in the order given."""
+    import soundfile
+    import torch
+
+    from launcher.worker.backbone import load_export
+    from launcher.worker.data import SAMPLE_RATE_HZ
+
+    for path in options.files:
+        if not path.is_file():
+            raise UsageError(
+                f"{path}: no such file", hint="give sound files that soundfile can read, such as FLAC or WAV"
+            )
+    model = load_export(options.model)
+    for path in options.files:
+        try:
+            waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise DataError(f"{path} cannot be read as sound: {error}", hint="convert it to FLAC or WAV") from error
+        if len(waveform) == 0:
+            raise DataError(f"{path} holds no sound: 0 samples", hint="leave it out")
+        mono = waveform.mean(1)
+        if rate != SAMPLE_RATE_HZ:
+            import torchaudio
+
+            mono = torchaudio.functional.resample(torch.from_numpy(mono), rate, SAMPLE_RATE_HZ).numpy()
+        if model.max_samples and len(mono) > model.max_samples:
+            heard_s, length_s = model.max_samples / SAMPLE_RATE_HZ, len(mono) / SAMPLE_RATE_HZ
+            say(f"{path}: only the first {heard_s:.0f} s of {length_s:.1f} s are transcribed, all that the model takes")
+        with torch.inference_mode():
+            # A label is part of every batch; its loss is not looked at.
+            _, texts = model(model.collate([mono], ["A"]), transcribe=True)
+        print(json.dumps({"file": str(path), "text": texts[0]}) if options.json else f"{path}\t{texts[0]}", flush=True)
+    return 0
