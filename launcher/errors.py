@@ -78,6 +78,10 @@ class StorageError(SpeechctlError):
     exit_code = ExitCode.STORAGE
 
 
+class InfrastructureError(SpeechctlError):
+    exit_code = ExitCode.INFRASTRUCTURE
+
+
 def printable(text: str) -> str:
     """`text` with every control character but the newline written as an escape."""
     return "".join(

@@ -77,6 +77,9 @@ class Launch(Section):
     processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """Ranks on this machine. `auto`: one for each GPU, or one where there is none."""
 
+    device: Literal["auto", "cpu"] = "auto"
+    """What ranks compute on. `auto`: GPUs, where there are any. `cpu`: leave GPUs alone."""
+
     stop_grace: Seconds = 120
     """After a request to stop: how long ranks may take to finish their step and seal, before they are killed."""
 

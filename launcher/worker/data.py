@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from launcher.errors import DataError
-from launcher.worker.pack import Pack, open_pack
+from launcher.worker.pack_reader import Pack, open_pack
 
 SAMPLE_RATE_HZ = 16000
 

@@ -1,10 +1,7 @@
-"""Utterances -> one sealed pack for each subset, and back: any utterance of a pack by its position.
+"""Utterances -> one sealed pack for each subset. What is in a pack, and how it is read, is in `pack_reader.py`.
 
-A pack is `index.json` and `shard.00000.mds` … as mosaicml-streaming's stock StreamingDataset reads them, `lengths.npy`
-for planning an epoch without touching the sound, `stats.json` for people, and the manifest that seals them.
-
-Importing this file is cheap. streaming, which takes five seconds to import, is imported where it is first needed:
-by those who write shards or read sound, not by `lengths_of`.
+Importing this file is cheap: streaming, which takes five seconds to import, is imported by the processes that write
+shards.
 """
 
 from __future__ import annotations
@@ -16,19 +13,16 @@ import io
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import socket
 import threading
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,40 +40,19 @@ from launcher.rundir import (
     storage_errors,
     sync_dir,
     sync_file,
-    verify,
     write_bytes,
     write_json,
 )
 from launcher.worker.librispeech import SAMPLE_RATE_HZ, Utterance, read_subset
+from launcher.worker.pack_reader import COLUMNS, FORMAT, LENGTHS, MAKE, SIDE_FILES, checked_manifest
 from launcher.worker.vocabulary import min_ctc_frames
-
-FORMAT = "speechctl.pack/1"
-COLUMNS = {
-    "audio": "bytes",
-    "chapter": "int",
-    "n_samples": "int",
-    "sample_rate_hz": "int",
-    "speaker": "int",
-    "subset": "str",
-    "text": "str",
-    "utt_id": "str",
-}
-"""MDS columns. `audio` is the original FLAC file, byte for byte."""
-
-LENGTHS = np.dtype([("n_samples", "<i8"), ("n_chars", "<i4"), ("ctc_frames", "<i4")])
-"""One row of lengths.npy. `ctc_frames`: frames that CTC needs at least, -1 where the text has no CTC spelling."""
 
 PARTITION_UTTERANCES = 2000
 """Utterances in one part, about 400 MB. Fixed, so that the shards do not depend on the number of processes."""
 
-_SIDE_FILES = ("index.json", "lengths.npy", "stats.json")
-_BASENAME = re.compile(r"[A-Za-z0-9._-]+")
 _BLOCK_SAMPLES = 1 << 14
 """Decoded at once: 1 s. It says where damage is, and a header that promises days cannot ask for their memory."""
 _SHOWN = 10
-_MAKE = "run `speechctl pack RECIPE`"
-
-# Writing -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +158,7 @@ def _pack(
     write_json(staging / "index.json", {"version": 2, "shards": shards})
     # The shards were hashed from memory as they were written, and fsynced by the process that wrote them.
     files = {s["raw_data"]["basename"]: {"bytes": s["raw_data"]["bytes"], **s["raw_data"]["hashes"]} for s in shards}
-    files |= {name: digest_file(staging / name) for name in _SIDE_FILES}
+    files |= {name: digest_file(staging / name) for name in SIDE_FILES}
     facts = {
         "format": FORMAT,
         "subset": subset,
@@ -203,7 +176,7 @@ def _source_digest(utterances: list[Utterance]) -> str:
 
 def _reuse(corpus: Path, subset: str, target: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """The manifest of the pack that is at `target` already, if it is the one that was asked for."""
-    manifest = _checked(target)
+    manifest = checked_manifest(target)
     if manifest["subset"] != subset:
         raise DataError(
             f"{target} is a pack of {manifest['subset']}, expected {subset}",
@@ -217,7 +190,7 @@ def _reuse(corpus: Path, subset: str, target: Path, progress: Callable[[str], No
         raise DataError(
             f"{corpus / subset} is not what {target} was packed from: {len(utterances)} utterances with digest "
             f"{source}, {manifest['counts']['packed']} with digest {manifest['source']} were packed",
-            hint=f"if the corpus was meant to change, remove {target} and {_MAKE}; if not, correct data.corpus",
+            hint=f"if the corpus was meant to change, remove {target} and {MAKE}; if not, correct data.corpus",
         )
     return manifest
 
@@ -404,7 +377,7 @@ def _only_packer(target: Path) -> Iterator[None]:
             os.close(fd)
             raise UsageError(
                 f"{target} is being packed by {who}",
-                hint=f"wait for it, then {_MAKE.removeprefix('run ')} finds the pack",
+                hint=f"wait for it, then {MAKE.removeprefix('run ')} finds the pack",
             ) from error
         # The one before removes the file when it leaves: what was opened may be a file without a name by now.
         if os.fstat(fd).st_nlink:
@@ -417,128 +390,3 @@ def _only_packer(target: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(fd)
-
-
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
-class Pack:
-    """A sealed pack, opened: any utterance by its position. Made by `open_pack`.
-
-    It reads through streaming's own MDS readers and makes no StreamingDataset: that one keeps its state in /dev/shm,
-    in segments that outlive a killed rank. The readers keep no state and open the shard at each read, so any number
-    of threads may call `sample`.
-    """
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        shards = _shards(path, manifest)
-        from launcher.worker import shims
-
-        shims.apply()
-        from streaming.base.format import reader_from_json
-
-        self.path = path
-        self.manifest = manifest
-        self.lengths = _mapped_lengths(path, manifest)
-        """Memory-mapped, in pack order; fields as in `LENGTHS`."""
-        self._readers = [reader_from_json(str(path), None, shard) for shard in shards]
-        self._starts: list[int] = list(accumulate((s["samples"] for s in shards), initial=0))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def sample(self, i: int) -> dict[str, Any]:
-        """The columns of the utterance at position `i`, which counts from 0 and never from the end.
-
-        Raises:
-            IndexError: there is no such position.
-        """
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.path} has {len(self)} utterances, position {i} is not among them")
-        shard = bisect_right(self._starts, i) - 1
-        return dict(self._readers[shard].get_item(i - self._starts[shard]))
-
-
-def open_pack(path: Path, *, check: bool = False) -> Pack:
-    """Open a sealed pack. The manifest, the side files and the size of every shard are checked each time.
-
-    Args:
-        check: also read and hash every shard.
-
-    Raises:
-        DataError: there is no pack, or it is not what was sealed.
-    """
-    return Pack(path, _checked(path, check))
-
-
-def lengths_of(path: Path) -> npt.NDArray[np.void]:
-    """The lengths of a sealed pack, memory-mapped, in pack order; fields as in `LENGTHS`. Imports neither streaming
-    nor torch.
-
-    Raises:
-        DataError: as `open_pack`.
-    """
-    return _mapped_lengths(path, _checked(path))
-
-
-def _checked(path: Path, check: bool = False) -> dict[str, Any]:
-    """The manifest of a pack whose files are all there with their sizes, and whose side files have their hashes."""
-    if not (path / MANIFEST).exists():
-        what = "is there but was never sealed" if path.is_dir() else "does not exist"
-        raise DataError(f"the pack {path} {what}", hint=f"{_MAKE} to make it")
-    try:
-        # An empty slice of files to hash: names and sizes only.
-        manifest = verify(path, slice(None) if check else slice(0, 0))
-    except DataError as error:
-        raise DataError(error.message, hint=_again(path)) from error
-    if manifest.get("format") != FORMAT or manifest.get("columns") != COLUMNS:
-        raise DataError(
-            f"{path} has format {manifest.get('format')!r} and columns {manifest.get('columns')}, "
-            f"expected {FORMAT!r} and {COLUMNS}",
-            hint="another version of speechctl made it; " + _again(path),
-        )
-    for name in _SIDE_FILES:
-        if name not in manifest["files"] or manifest["files"][name] != digest_file(path / name):
-            raise DataError(f"{path / name} has changed since it was sealed (xxh3-128 differs)", hint=_again(path))
-    return manifest
-
-
-def _again(path: Path) -> str:
-    return f"remove {path} and {_MAKE} to make it again, or restore it from a copy"
-
-
-def _shards(path: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The index entries of all shards. A seal proves no origin, so what streaming would trust is checked here: a
-    basename that leads out of the pack, or a column that runs code when it is decoded.
-    """
-    index = read_json(path / "index.json")
-    shards: list[dict[str, Any]] = index["shards"]
-    for shard in shards:
-        name = shard["raw_data"]["basename"]
-        if not _BASENAME.fullmatch(name) or name not in manifest["files"]:
-            raise DataError(f"{path / 'index.json'} names the shard {name!r}, which is not of it", hint=_again(path))
-        columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-        if columns != COLUMNS or (shard["version"], shard["format"], shard["compression"]) != (2, "mds", None):
-            raise DataError(
-                f"shard {name} of {path} has columns {columns} in {shard['format']} version {shard['version']}, "
-                f"compression {shard['compression']}; expected {COLUMNS} in mds version 2, uncompressed",
-                hint=_again(path),
-            )
-    packed = sum(s["samples"] for s in shards)
-    if packed != manifest["counts"]["packed"]:
-        raise DataError(
-            f"{path / 'index.json'} counts {packed} utterances, {manifest['counts']['packed']} were sealed",
-            hint=_again(path),
-        )
-    return shards
-
-
-def _mapped_lengths(path: Path, manifest: dict[str, Any]) -> npt.NDArray[np.void]:
-    lengths: npt.NDArray[np.void] = np.load(path / "lengths.npy", mmap_mode="r", allow_pickle=False)
-    if lengths.dtype != LENGTHS or lengths.shape != (manifest["counts"]["packed"],):
-        raise DataError(
-            f"{path / 'lengths.npy'} is an array of {lengths.shape} x {lengths.dtype}, "
-            f"expected {manifest['counts']['packed']} x {LENGTHS}",
-            hint=_again(path),
-        )
-    return lengths

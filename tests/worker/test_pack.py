@@ -20,6 +20,7 @@ from launcher.errors import DataError, SpeechctlError, UsageError
 from launcher.rundir import MANIFEST, digest_file, digest_json
 from launcher.worker import pack
 from launcher.worker.librispeech import read_subset
+from launcher.worker.pack_reader import SIDE_FILES, lengths_of, open_pack
 
 SUBSET = "train-clean-100"
 SHARD_BYTES = 60_000
@@ -55,7 +56,7 @@ def python(script: str, *args: object, env: dict[str, str] | None = None) -> sub
 
 def test_bytes_in_are_bytes_out(tiny_corpus: Path, target: Path) -> None:
     write(tiny_corpus, target)
-    opened = pack.open_pack(target, check=True)
+    opened = open_pack(target, check=True)
     utterances = read_subset(tiny_corpus, SUBSET)
     assert len(opened) == len(utterances) == 12
     for i, utterance in enumerate(utterances):
@@ -83,7 +84,7 @@ def test_counts_reconcile(tiny_corpus: Path, target: Path) -> None:
     assert sum(shard["samples"] for shard in index["shards"]) == 12
     shards = [f"shard.{i:05d}.mds" for i in range(len(index["shards"]))]
     assert [shard["raw_data"]["basename"] for shard in index["shards"]] == shards
-    assert sorted(p.name for p in target.iterdir()) == sorted([*shards, *pack._SIDE_FILES, MANIFEST])
+    assert sorted(p.name for p in target.iterdir()) == sorted([*shards, *SIDE_FILES, MANIFEST])
     stats = json.loads((target / "stats.json").read_bytes())
     assert (stats["utterances"], stats["speakers"]) == (12, 3)
     assert stats["words"] == sum(len(u.text.split()) for u in read_subset(tiny_corpus, SUBSET))
@@ -95,19 +96,19 @@ def test_an_utterance_larger_than_a_shard_gets_one_of_its_own(tiny_corpus: Path,
     pack.write_pack(tiny_corpus, SUBSET, target, 100, 1, lambda line: None)
     index = json.loads((target / "index.json").read_bytes())
     assert [shard["samples"] for shard in index["shards"]] == [1] * 12
-    assert pack.open_pack(target, check=True).sample(11)["utt_id"] == "26-495-0002"
+    assert open_pack(target, check=True).sample(11)["utt_id"] == "26-495-0002"
 
 
 def test_ctc_frames_count_boundaries_and_repeats(tiny_corpus: Path, target: Path) -> None:
     transcript = tiny_corpus / "dev-clean" / "84" / "121" / "84-121.trans.txt"
     transcript.write_text("84-121-0000 HELLO WORLD\n84-121-0001 CAFE 23\n84-121-0002 A\n")
     write(tiny_corpus, target, subset="dev-clean")
-    assert pack.lengths_of(target)["ctc_frames"][2:].tolist() == [12, -1, 1]
+    assert lengths_of(target)["ctc_frames"][2:].tolist() == [12, -1, 1]
 
 
 def test_samples_are_the_same_from_several_threads(tiny_corpus: Path, target: Path) -> None:
     write(tiny_corpus, target)
-    opened = pack.open_pack(target)
+    opened = open_pack(target)
     alone = [opened.sample(i) for i in range(12)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda i: opened.sample(i % 12), range(960))) == alone * 80
@@ -139,18 +140,18 @@ os._exit(0)  # its resource tracker would complain that they are gone
     expected = [[u.utt_id, u.text, u.path.read_bytes().hex()] for u in read_subset(tiny_corpus, SUBSET)]
     assert said["rows"] == [expected, expected]
     assert not list(Path("/dev/shm").glob(said["prefix"] + "*"))
-    pack.open_pack(target, check=True)
+    open_pack(target, check=True)
 
 
 def test_lengths_need_neither_streaming_nor_torch(tiny_corpus: Path, target: Path) -> None:
     write(tiny_corpus, target)
     done = python(
-        "import sys; from pathlib import Path; from launcher.worker.pack import lengths_of\n"
+        "import sys; from pathlib import Path; from launcher.worker.pack_reader import lengths_of\n"
         "print(lengths_of(Path(sys.argv[1]))['n_samples'].tolist(), {'torch', 'streaming'} & sys.modules.keys())",
         target,
     )
     assert done.stdout == f"{[u.n_samples for u in read_subset(tiny_corpus, SUBSET)]} set()\n", done.stderr
-    assert isinstance(pack.lengths_of(target), np.memmap)
+    assert isinstance(lengths_of(target), np.memmap)
 
 
 # Damage in the corpus ------------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def test_what_is_no_pack_is_left_alone(tiny_corpus: Path, target: Path) -> None:
 
 
 def test_a_missing_pack_says_how_to_make_it(target: Path) -> None:
-    text = refusal(DataError, lambda: pack.open_pack(target))
+    text = refusal(DataError, lambda: open_pack(target))
     assert text == (f"error: the pack {target} does not exist\n\nhint: run `speechctl pack RECIPE` to make it")
 
 
@@ -307,10 +308,10 @@ def test_damage_in_a_shard_is_found_when_it_is_looked_for(tiny_corpus: Path, tar
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    pack.open_pack(target)
-    assert f"{shard} has changed since it was sealed" in refusal(DataError, lambda: pack.open_pack(target, check=True))
+    open_pack(target)
+    assert f"{shard} has changed since it was sealed" in refusal(DataError, lambda: open_pack(target, check=True))
     shard.write_bytes(content[:-1])
-    assert f"{shard} has {len(content) - 1} bytes" in refusal(DataError, lambda: pack.open_pack(target))
+    assert f"{shard} has {len(content) - 1} bytes" in refusal(DataError, lambda: open_pack(target))
 
 
 def test_side_files_are_always_hashed(tiny_corpus: Path, target: Path) -> None:
@@ -319,7 +320,7 @@ def test_side_files_are_always_hashed(tiny_corpus: Path, target: Path) -> None:
     content = bytearray(lengths.read_bytes())
     content[-1] ^= 1
     lengths.write_bytes(content)
-    assert f"{lengths} has changed" in refusal(DataError, lambda: pack.lengths_of(target))
+    assert f"{lengths} has changed" in refusal(DataError, lambda: lengths_of(target))
 
 
 @pytest.mark.parametrize("what", ["basename", "column"])
@@ -340,7 +341,7 @@ def test_an_index_that_leads_elsewhere_is_refused_although_it_is_sealed(
     manifest["digest"] = digest_json(manifest)
     (target / MANIFEST).write_text(json.dumps(manifest))
     complaint = {"basename": "names the shard '../../secret'", "column": "'audio': 'pkl'"}[what]
-    assert complaint in refusal(DataError, lambda: pack.open_pack(target))
+    assert complaint in refusal(DataError, lambda: open_pack(target))
 
 
 # The real thing ------------------------------------------------------------------------------------------------------
@@ -353,6 +354,6 @@ def test_real_dev_clean(target: Path) -> None:
     corpus = Path(data) / "data" / "LibriSpeech"
     manifest = write(corpus, target, subset="dev-clean")
     assert manifest["counts"]["packed"] == 11
-    opened = pack.open_pack(target, check=True)
+    opened = open_pack(target, check=True)
     for i, utterance in enumerate(read_subset(corpus, "dev-clean")):
         assert opened.sample(i)["audio"] == utterance.path.read_bytes()
