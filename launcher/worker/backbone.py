@@ -264,6 +264,8 @@ class WhisperModel(SpeechModel):
             self.model = _pretrained(WhisperForConditionalGeneration, backbone, config)
         else:
             self.model = WhisperForConditionalGeneration(config)
+        # Sinusoids; transformers 5 forgets on loading that they are fixed.
+        self.model.get_encoder().embed_positions.requires_grad_(False)
         self.extractor = WhisperFeatureExtractor.from_pretrained(**source)
         multilingual = bool(getattr(self.model.generation_config, "is_multilingual", False))
         self.language = {"language": "english", "task": "transcribe"} if multilingual else {}
@@ -340,7 +342,10 @@ def skeleton(backbone: schema.Backbone) -> SpeechModel:
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        return _make(backbone, weights=False)
+        model = _make(backbone, weights=False)
+    if isinstance(model, WhisperModel):
+        model.model.tie_weights()  # Accelerate parted the output projection from the embeddings
+    return model
 
 
 def _make(backbone: schema.Backbone, *, weights: bool) -> SpeechModel:
@@ -376,7 +381,9 @@ def _pretrained(kind: Any, backbone: schema.Wav2Vec2 | schema.Whisper, config: A
         dtype=torch.float32,
         output_loading_info=True,
     )
-    made_up = {*loaded["missing_keys"], *(row[0] for row in loaded["mismatched_keys"])}
+    # transformers 4.57 gives the names of mismatched weights, 5 puts their shapes beside them.
+    mismatched = (row if isinstance(row, str) else row[0] for row in loaded["mismatched_keys"])
+    made_up = {*loaded["missing_keys"], *mismatched}
     if wrong := sorted(name for name in made_up if not name.startswith(fresh or ("\0",))):
         raise DataError(
             f"{backbone.source} lacks {len(wrong)} weights of {backbone.kind}, or has them in another shape:"

@@ -300,7 +300,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     stage = manifest["identity"]["zero_stage"]
     if stage == "off":
         saved = torch.load(folder / "accelerate.pt", map_location="cpu", weights_only=True)["model"]
-    elif stage == "0" and manifest["identity"]["precision"] == "fp32":
+    elif stage == "0":  # nothing is sharded; in bf16 these are the weights that were computed with
         path = folder / "deepspeed" / "mp_rank_00_model_states.pt"
         saved = torch.load(path, map_location="cpu", weights_only=False)["module"]
     else:

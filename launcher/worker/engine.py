@@ -10,7 +10,6 @@ import math
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,17 +86,6 @@ def optimizer_for(model: SpeechModel, recipe: Recipe) -> torch.optim.AdamW:
         betas=(options.betas[0], options.betas[1]),
         eps=options.eps,
     )
-
-
-def make(
-    model: SpeechModel, recipe: Recipe, accumulation: int, deepspeed_config: dict[str, Any], ranks: Ranks
-) -> Engine:
-    """The engine that the recipe asks for; a rank that got another raises before the first step."""
-    if recipe.zero_stage == "off":
-        return AccelerateEngine(model, recipe, accumulation, ranks)
-    from launcher.worker.engine_deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(model, recipe, deepspeed_config, ranks)
 
 
 class AccelerateEngine(Engine):

@@ -15,10 +15,10 @@ from launcher import recipe_file, rundir
 from launcher.errors import DataError, ExitCode, SpeechctlError
 from launcher.recipe import Recipe, TriStage
 from launcher.rundir import Attempt
-from launcher.worker import engine as engines
 from launcher.worker.backbone import SpeechModel, build
 from launcher.worker.checkpoint import Checkpoints, Identity
 from launcher.worker.data import SAMPLE_RATE_HZ, Tensors, Utterances, ahead
+from launcher.worker.engine import AccelerateEngine, Engine
 from launcher.worker.evaluate import Evaluator, Moment, is_due
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import MicroBatch, Sampler, Step, accumulation, digest, utterances_in
@@ -74,6 +74,17 @@ class TrainingSet:
         return TrainingSet(utterances, usable, padded, {k: v for k, v in left_out.items() if v})
 
 
+def engine_for(
+    model: SpeechModel, recipe: Recipe, accumulation: int, deepspeed_config: dict[str, Any], ranks: Ranks
+) -> Engine:
+    """The engine that the recipe asks for; a rank that got another raises before the first step."""
+    if recipe.zero_stage == "off":
+        return AccelerateEngine(model, recipe, accumulation, ranks)
+    from launcher.worker.engine_deepspeed import DeepSpeedEngine  # 3 s of imports that `off` does without
+
+    return DeepSpeedEngine(model, recipe, deepspeed_config, ranks)
+
+
 class Training:
     """One rank's training, from launch to exit."""
 
@@ -87,7 +98,7 @@ class Training:
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
         model = build(self.recipe.backbone, seed=self.recipe.seed)
         config = rundir.read_json(self.run.deepspeed)
-        self.engine = engines.make(model, self.recipe, self.accumulation, config, ranks)
+        self.engine = engine_for(model, self.recipe, self.accumulation, config, ranks)
         ranks.connect()
         # Every rank has dice of its own, for dropout and masks; weights and order come from the seed alone.
         set_seed(self.recipe.seed + ranks.rank)
@@ -273,7 +284,17 @@ class Training:
         if self.ranks.rank == 0:
             target = self.run.evaluation(progress.step)
             mine = self.evaluator.publish(target, progress.step, rows, self.attempt.number, time.monotonic() - began)
-            shown = ("wer", "loss", "substitutions", "insertions", "deletions", "words", "utterances", "blocked_s")
+            shown = (
+                "wer",
+                "loss",
+                "substitutions",
+                "insertions",
+                "deletions",
+                "words",
+                "utterances",
+                "truncated",
+                "blocked_s",
+            )
             self.event("evaluated", step=progress.step, **{k: mine[k] for k in shown})
             if self.tracker is not None:
                 self.tracker.log({"evaluate/wer": mine["wer"], "evaluate/loss": mine["loss"]}, step=progress.step)

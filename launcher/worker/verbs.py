@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import shutil
 import sys
@@ -34,13 +36,18 @@ def pack(options: argparse.Namespace) -> int:
         say(f"making synthetic speech in {corpus}")
         wanted = recipe.data.synthesize
         synthesize(corpus, wanted.train_utterances, wanted.dev_utterances, seed=recipe.seed)
+    new = not recipe.data.packs.exists()
+    recipe.data.packs.mkdir(parents=True, exist_ok=True)
     answers = []
-    for subset in recipe.subsets:
-        target = recipe.pack(subset)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        manifest = write_pack(corpus, subset, target, recipe.data.shard_size, options.processes, say)
-        stats = rundir.read_json(target / "stats.json")
-        answers.append({"subset": subset, "pack": str(target), "digest": manifest["digest"], **stats})
+    try:
+        for subset in recipe.subsets:
+            target = recipe.pack(subset)
+            manifest = write_pack(corpus, subset, target, recipe.data.shard_size, options.processes, say)
+            stats = rundir.read_json(target / "stats.json")
+            answers.append({"subset": subset, "pack": str(target), "digest": manifest["digest"], **stats})
+    finally:
+        if new and not any(recipe.data.packs.iterdir()):
+            recipe.data.packs.rmdir()
     print(json.dumps(answers))
     return 0
 
@@ -77,7 +84,7 @@ def facts(options: argparse.Namespace) -> int:
         "straggler": float((padded.max(1) / padded.mean(1)).mean()),
         "packs": data.utterances.digest,
     }
-    from launcher.worker.pack import open_pack
+    from launcher.worker.pack_reader import open_pack
 
     answer["evaluation_utterances"] = sum(len(open_pack(recipe.pack(s))) for s in recipe.evaluate.subsets)
     print(json.dumps(answer))
@@ -121,7 +128,8 @@ def restored(run: Run, recipe: Recipe, step: int) -> Any:
 
     model = build(recipe.backbone, seed=recipe.seed)
     folder = run.checkpoint(step)
-    weights = weights_of(folder)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        weights = weights_of(folder)  # DeepSpeed prints its progress, and stdout is for our answer
     problems = model.load_state_dict(weights, strict=False)
     # Tied weights are stored once; whatever is left must share memory with something that was loaded.
     loaded = {t.data_ptr() for n, t in model.state_dict().items() if n in weights}

@@ -31,6 +31,7 @@ batch: {{step_seconds: 24s, max_rank_seconds: 12s}}
 optimizer: {{learning_rate: 1e-3}}
 evaluate: {{subsets: [dev-clean], every_steps: 6, batch_seconds: 6s}}
 checkpoint: {{every_steps: 4}}
+trackers: [tensorboard]
 """
 
 

@@ -36,7 +36,7 @@ def prepare(recipe: str, overrides: list[str]) -> list[Attempt]:
         rundir.write_bytes(run.resolved, recipe_file.dump(value).encode())
         rundir.write_json(run.plan, made.to_json())
         rundir.write_json(run.deepspeed, made.deepspeed)
-        attempts.append(supervise.prepare_attempt(run, made, stop_grace_s=60, fresh=False))
+        attempts.append(supervise.prepare_attempt(run, value.launch, made, fresh=False))
     return attempts
 
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ from tests.worker.runs import (
 )
 
 pytest.importorskip("espeakng_loader", reason="needs the extra `demo`: pip install 'speechctl[demo]'")
+
+pytestmark = pytest.mark.ranks
 
 KILLS = int(os.environ.get("SPEECHCTL_TEST_KILLS", "3"))
 """How often the killed run is killed: 3 in the suite, 10 for the full claim (SPEECHCTL_TEST_KILLS=10)."""
@@ -70,6 +73,12 @@ def test_a_run_trains_evaluates_and_seals(whole: Run) -> None:
     assert {24, best["step"]} <= set(whole.sealed_steps())
     assert len(whole.sealed_steps()) <= 3  # the last two and the best
     assert not list(whole.checkpoints.glob(".*"))
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logged = tensorboard.EventAccumulator(str(next(whole.tensorboard.iterdir()))).Reload()
+    assert [s.step for s in logged.Scalars("train/loss")] == list(range(1, 25))
+    assert [round(s.value, 4) for s in logged.Scalars("evaluate/wer")] == [
+        round(e["wer"], 4) for e in events(attempt, "evaluated")
+    ]
 
 
 def test_every_epoch_reads_every_utterance_once(whole: Run) -> None:
@@ -82,6 +91,10 @@ def test_every_epoch_reads_every_utterance_once(whole: Run) -> None:
     finished = [epochs[e] for e in sorted(epochs)[:-1]]
     for ids in finished:
         assert len(ids) == len(set(ids)) == 40
+
+
+def _more_attempts(run: Run, than: int) -> bool:
+    return len(run.attempts()) > than
 
 
 def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
@@ -98,7 +111,7 @@ def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
         command = ["resume", "cut"] if k else ["launch", "recipe.yaml", "--set", "run_dir=cut"]
         before = len(run.attempts())
         with started(*command, cwd=spoken) as process:
-            wait_for(lambda n=before: len(run.attempts()) > n, process)
+            wait_for(partial(_more_attempts, run, before), process)
             attempt = run.attempts()[-1]
             sealed = run.sealed_steps()
             first = sealed[-1] if sealed else 0

@@ -1,0 +1,562 @@
+"""Pretrained models behind one face: shapes, what is refused, padding, export; and both kinds under ZeRO on two ranks.
+
+The models have the real architectures and random weights (`backbones.py`). Real weights are in `test_real_speech.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import torch
+
+from launcher import environment, plan, recipe_file, rundir
+from launcher import recipe as schema
+from launcher.errors import DataError, NotFoundError, SpeechctlError, UsageError
+from launcher.rundir import Attempt, Run, read_json, read_lines
+from launcher.worker import __main__ as worker
+from launcher.worker import vocabulary
+from launcher.worker.backbone import SpeechModel, build, load_export, skeleton, write_export
+from launcher.worker.data import Waveform
+from launcher.worker.pack import write_pack
+from launcher.worker.sampler import accumulation
+from tests.worker.backbones import make_wav2vec2, make_whisper, wav2vec2, whisper
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`group` and `layer`: wav2vec2 with that norm. `whisper`."""
+    root = tmp_path_factory.mktemp("backbones")
+    made = {norm: make_wav2vec2(root / norm, norm) for norm in ("group", "layer")}
+    return {**made, "whisper": make_whisper(root / "whisper")}
+
+
+def backbone(sources: dict[str, Path], kind: str) -> schema.Backbone:
+    return whisper(sources[kind]) if kind == "whisper" else wav2vec2(sources[kind])
+
+
+def made(value: schema.Backbone, seed: int = 1) -> Any:
+    return build(value, seed=seed)
+
+
+def noise(*n_samples: int) -> list[Waveform]:
+    return [np.random.default_rng(n).standard_normal(n).astype(np.float32) * 0.1 for n in n_samples]
+
+
+def hear(model: SpeechModel, waveforms: list[Waveform], texts: list[str]) -> tuple[list[float], list[str]]:
+    with torch.no_grad():
+        losses, heard = model(model.collate(waveforms, texts), transcribe=True)
+    return losses.tolist(), heard
+
+
+LENGTHS = np.dtype([("n_samples", "i8"), ("n_chars", "i8"), ("ctc_frames", "i8")])
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def test_ctc_batch(sources: dict[str, Path]) -> None:
+    batch = made(wav2vec2(sources["group"])).collate(noise(16_000, 9_000), ["HI YOU", "A"])
+    assert batch["inputs"].shape == (2, 16_000)
+    assert batch["lengths"].tolist() == [16_000, 9_000]
+    assert batch["inputs"][1, 9_000:].abs().sum() == 0
+    assert batch["labels"].tolist() == [vocabulary.encode("HI YOU"), vocabulary.encode("A") + [0] * 5]
+    assert batch["label_lengths"].tolist() == [6, 1]
+
+
+def test_normalized_batch_has_zero_mean_and_unit_variance(sources: dict[str, Path]) -> None:
+    model = made(wav2vec2(sources["layer"], normalize=True))
+    batch = model.collate([w * 7 + 1 for w in noise(16_000, 9_000)], ["A", "A"])
+    for row, n in zip(batch["inputs"], (16_000, 9_000), strict=True):
+        assert row[:n].mean().item() == pytest.approx(0, abs=1e-4)
+        assert row[:n].std().item() == pytest.approx(1, abs=1e-3)
+    assert batch["inputs"][1, 9_000:].abs().sum() == 0  # padding comes after, and stays silent
+
+
+def test_whisper_batch(sources: dict[str, Path]) -> None:
+    model = made(whisper(sources["whisper"]))
+    batch = model.collate(noise(16_000, 32 * 16_000), ["HI", "A"])
+    assert batch["inputs"].shape == (2, 80, 3000)  # 30 s, whatever the length
+    tokenizer = model.tokenizer
+    labels = [row[row != -100].tolist() for row in batch["labels"]]
+    assert [tokenizer.decode(row, skip_special_tokens=True) for row in labels] == [" hi", " a"]
+    start, end = model.model.config.decoder_start_token_id, model.model.config.eos_token_id
+    assert all(row[-1] == end and start not in row for row in labels)
+    long = model.collate(noise(16_000), ["A" * 100])["labels"]
+    assert long.shape == (1, 64)  # as many as the decoder has positions
+
+
+@pytest.mark.parametrize("kind", ["group", "layer"])
+@pytest.mark.parametrize("n_samples", [80, 400, 5_599, 5_600, 16_000])
+def test_frames_says_what_forward_returns(sources: dict[str, Path], kind: str, n_samples: int) -> None:
+    value = wav2vec2(sources[kind])
+    model = made(value).eval()
+    with torch.no_grad():
+        logits, frames = model.logits(model.collate(noise(n_samples), ["A"]))
+    assert logits.shape == (1, int(frames[0]), len(vocabulary.LETTERS))
+    empty: Any = skeleton(value)
+    assert model.frames(np.array([n_samples])).tolist() == frames.tolist()
+    assert empty.frames(np.array([n_samples])).tolist() == frames.tolist()
+
+
+def test_less_than_one_frame_is_heard_as_nothing(sources: dict[str, Path]) -> None:
+    for kind in ("group", "layer"):
+        losses, texts = hear(made(wav2vec2(sources[kind])).eval(), noise(60), ["A"])
+        assert (losses, texts) == ([0.0], [""])
+
+
+def test_feasible_ctc(sources: dict[str, Path]) -> None:
+    """200 frames a second: no letter without a frame, no batch shorter than a masked span, no unknown letters."""
+    rows = [(16_000, 9, 9), (16_000, 99, 201), (16_000, 99, 200), (700, 1, 1), (16_000, 9, 0)]
+    lengths = np.array(rows, dtype=LENGTHS)
+    masked = made(wav2vec2(sources["group"], mask_time_length=10))
+    assert masked.feasible(lengths).tolist() == [True, False, True, False, False]
+    plain = made(wav2vec2(sources["group"], mask_time_prob=0))
+    assert plain.feasible(lengths).tolist() == [True, False, True, True, False]
+
+
+def test_feasible_whisper(sources: dict[str, Path]) -> None:
+    lengths = np.array([(30 * 16_000, 9, 9), (30 * 16_000 + 1, 9, 9)], dtype=LENGTHS)
+    model = made(whisper(sources["whisper"]))
+    assert model.feasible(lengths).tolist() == [True, False]
+    assert model.padded_samples(np.array([1, 480_001])).tolist() == [480_000, 480_000]
+    assert model.max_samples == 480_000
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def test_layer_norm_model_does_not_hear_padding(sources: dict[str, Path]) -> None:
+    model = made(wav2vec2(sources["layer"])).eval()
+    short, long = noise(7_123, 16_000)
+    alone, texts = hear(model, [short], ["HELLO"])
+    padded, both = hear(model, [short, long], ["HELLO", "A"])
+    assert padded[0] == pytest.approx(alone[0], rel=1e-4)
+    assert both[0] == texts[0]
+
+
+def test_masks_follow_the_pretraining(sources: dict[str, Path]) -> None:
+    """Group-norm models never saw a mask, layer-norm models always did."""
+    seen: dict[str, Any] = {}
+    for kind in ("group", "layer"):
+        model = made(wav2vec2(sources[kind])).eval()
+        whole = model.model.forward
+
+        def forward(*rest: Any, kind: str = kind, whole: Any = whole, **named: Any) -> Any:
+            seen[kind] = named["attention_mask"]
+            return whole(*rest, **named)
+
+        model.model.forward = forward
+        hear(model, noise(8_000, 16_000), ["A", "A"])
+    assert seen["group"] is None
+    assert seen["layer"].sum(1).tolist() == [8_000, 16_000]
+
+
+@pytest.mark.parametrize("kind", ["group", "layer", "whisper"])
+def test_bf16_casts_its_inputs_and_keeps_the_loss_in_fp32(sources: dict[str, Path], kind: str) -> None:
+    model = made(backbone(sources, kind)).eval()
+    waveforms, texts = noise(16_000, 9_000), ["HELLO", "A B"]
+    wanted, _ = hear(model, waveforms, texts)
+    model = model.to(torch.bfloat16)
+    losses, _ = model(model.collate(waveforms, texts), transcribe=True)
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == pytest.approx(wanted, rel=0.03)
+    model.train()(model.collate(waveforms, texts))[0].sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["group", "layer", "whisper"])
+def test_gradient_reaches_everything_that_is_trained(sources: dict[str, Path], kind: str) -> None:
+    """Whatever is trained must get a gradient at every step: plain data parallel waits for it."""
+    plain = {"mask_time_prob": 0.0, "mask_channel_prob": 0.0}
+    for value in [backbone(sources, kind)] + [wav2vec2(sources[kind], **plain)] * (kind != "whisper"):
+        model = made(value).train()
+        model(model.collate(noise(16_000, 9_000), ["HELLO", "A B"]))[0].sum().backward()
+        assert [name for name, p in model.trained() if p.grad is None] == []
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert all("feature_extractor" in n or "masked_spec_embed" in n or "embed_positions" in n for n in frozen), frozen
+
+
+def test_masking_is_for_training_only_and_repeats_from_a_seed(sources: dict[str, Path]) -> None:
+    """wav2vec2's masks come from numpy's global dice, Whisper's from torch's; both are saved with a checkpoint."""
+    for value in (wav2vec2(sources["layer"], activation_dropout=0), whisper(sources["whisper"], spec_augment=True)):
+        model = made(value).train()
+        batch = model.collate(noise(16_000, 9_000), ["HELLO", "A B"])
+
+        def losses(seed: int, model: SpeechModel = model, batch: Any = batch) -> list[float]:
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            with torch.no_grad():
+                return [float(loss) for loss in model(batch)[0]]
+
+        assert losses(1) == losses(1) != losses(2)
+        model.eval()
+        assert losses(1) == losses(2)
+
+
+def test_a_seed_gives_the_same_fresh_head(sources: dict[str, Path]) -> None:
+    weights = [made(wav2vec2(sources["group"]), seed=s).model.lm_head.weight for s in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_skeleton_has_the_same_parameters(sources: dict[str, Path]) -> None:
+    for kind in sources:
+        value = backbone(sources, kind)
+        shapes = [
+            {name: (p.shape, p.requires_grad) for name, p in model.named_parameters()}
+            for model in (made(value), skeleton(value))
+        ]
+        assert shapes[0] == shapes[1]
+
+
+def test_a_published_checkpoint_is_taken_whole(tmp_path: Path) -> None:
+    """Those of the hub are pretraining models with more heads, and have older names for the weight norm."""
+    from safetensors.torch import load_file, save_file
+    from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
+
+    make_wav2vec2(tmp_path)
+    config = Wav2Vec2Config.from_pretrained(tmp_path, codevector_dim=16, proj_codevector_dim=16)
+    published = Wav2Vec2ForPreTraining(config)
+    published.save_pretrained(tmp_path)
+    newer = "conv.parametrizations.weight.original"
+    weights = load_file(tmp_path / "model.safetensors").items()
+    older = {k.replace(f"{newer}0", "conv.weight_g").replace(f"{newer}1", "conv.weight_v"): v for k, v in weights}
+    assert "wav2vec2.encoder.pos_conv_embed.conv.weight_g" in older
+    save_file(older, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    mine = made(wav2vec2(tmp_path)).model.wav2vec2.state_dict()
+    theirs = published.wav2vec2.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def no_directory(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_weights(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 5_000)
+
+
+def other_kind(folder: Path) -> None:
+    change(folder / "config.json", model_type="hubert")
+
+
+def other_width(folder: Path) -> None:
+    change(folder / "config.json", intermediate_size=48)
+
+
+def deeper(folder: Path) -> None:
+    change(folder / "config.json", num_hidden_layers=3)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (no_directory, "no such directory"),
+        (no_config, "no config.json"),
+        (broken_config, "config.json does not say model_type"),
+        (no_weights, "expected model.safetensors"),
+        (pickled_weights, "expected model.safetensors, found config.json, pytorch_model.bin"),
+        (cut_weights, "cannot load wav2vec2"),
+        (other_kind, "a hubert model, the recipe says kind: wav2vec2"),
+        (other_width, "or has them in another shape: wav2vec2.encoder.layers.0.feed_forward"),
+        (deeper, "lacks 16 weights of wav2vec2"),
+    ],
+)
+def test_a_source_that_cannot_be_used(
+    sources: dict[str, Path], tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    """transformers itself would make up what is missing, and training would start from noise."""
+    folder = tmp_path / "source"
+    shutil.copytree(sources["group"], folder)
+    damage(folder)
+    with pytest.raises(DataError) as caught:
+        made(wav2vec2(folder))
+    assert words in caught.value.message and str(folder) in caught.value.message
+    assert caught.value.exit_code == 5
+
+
+def test_values_that_do_not_fit_the_source(sources: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="mask_channel_length 64 is more than the 32 channels"):
+        made(wav2vec2(sources["group"], mask_channel_length=64))
+    with pytest.raises(UsageError, match="max_new_tokens 200 does not fit the 64 positions"):
+        made(whisper(sources["whisper"], max_new_tokens=200))
+
+
+# Export --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tiny-ctc", "group", "layer", "whisper"])
+def test_an_export_hears_the_same(sources: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    value = schema.TinyCtc(kind="tiny-ctc", hidden=8, layers=1) if kind == "tiny-ctc" else backbone(sources, kind)
+    model = made(value, seed=3).eval()
+    write_export(model, tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".json", ".safetensors", ".txt"}  # nothing pickled
+    again = load_export(tmp_path)
+    waveforms, texts = noise(16_000, 9_000), ["HELLO", "A B"]
+    assert hear(again, waveforms, texts) == hear(model, waveforms, texts)
+
+
+@pytest.mark.parametrize("kind", ["group", "layer"])
+def test_plain_transformers_hears_the_same_wav2vec2(sources: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
+
+    model = made(wav2vec2(sources[kind], normalize=kind == "layer"), seed=3).eval()
+    model.model.lm_head.bias.data[1:4] = -100  # a trained model never writes <s>, which they would print
+    write_export(model, tmp_path)
+    processor = Wav2Vec2Processor.from_pretrained(tmp_path)
+    theirs = Wav2Vec2ForCTC.from_pretrained(tmp_path).eval()
+    waveform = noise(16_000)[0]
+    inputs = processor(waveform, sampling_rate=16_000, return_tensors="pt")
+    assert ("attention_mask" in inputs) is (kind == "layer")
+    with torch.no_grad():
+        ids = theirs(**inputs).logits.argmax(-1)
+    # Their decoder keeps the white space that ours strips from both ends.
+    assert " ".join(processor.batch_decode(ids)[0].split()) == hear(model, [waveform], ["A"])[1][0] != ""
+
+
+def test_plain_transformers_hears_the_same_whisper(sources: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
+
+    model = made(whisper(sources["whisper"]), seed=3).eval()
+    write_export(model, tmp_path)
+    processor = WhisperProcessor.from_pretrained(tmp_path)
+    theirs = WhisperForConditionalGeneration.from_pretrained(tmp_path).eval()
+    waveform = noise(16_000)[0]
+    inputs = processor(waveform, sampling_rate=16_000, return_tensors="pt")
+    ids = theirs.generate(inputs.input_features, max_new_tokens=24, force_unique_generate_call=True)
+    text = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert text == hear(model, [waveform], ["A"])[1][0] != ""
+    ours, source = (GenerationConfig.from_pretrained(p).to_dict() for p in (tmp_path, sources["whisper"]))
+    assert ours == source
+
+
+def no_record(folder: Path) -> None:
+    (folder / "speechctl.json").unlink()
+
+
+def odd_record(folder: Path) -> None:
+    (folder / "speechctl.json").write_text('{"kind": "tiny-ctc", "hidden": "wide"}')
+
+
+def no_json(folder: Path) -> None:
+    (folder / "speechctl.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [no_record, odd_record, no_json, no_weights, cut_weights])
+def test_a_directory_that_is_no_export(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    write_export(made(schema.TinyCtc(kind="tiny-ctc", hidden=8, layers=1)), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_export(tmp_path)
+    assert str(tmp_path) in caught.value.message and "speechctl export RUN" in caught.value.hint
+    with pytest.raises(NotFoundError):
+        load_export(tmp_path / "nowhere")
+
+
+# transcribe ----------------------------------------------------------------------------------------------------------
+
+
+def transcribe(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = worker.main(["transcribe", *map(str, arguments)])
+    except SpeechctlError as error:  # pragma: no cover
+        raise AssertionError("an error of ours left main") from error
+    seen = capsys.readouterr()
+    return code, seen.out, seen.err
+
+
+@pytest.fixture
+def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker binds itself to its parent's life, which the process of the tests must not."""
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+
+
+@pytest.mark.usefixtures("unbound")
+def test_transcribe_files_of_any_rate(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several files, in the order given; 8 kHz and stereo at 44.1 kHz give as much speech as 16 kHz."""
+    model = made(wav2vec2(sources["layer"]), seed=3).eval()
+    (tmp_path / "export").mkdir()
+    write_export(model, tmp_path / "export")
+    files = [tmp_path / name for name in ("b.flac", "a.wav", "c.wav")]
+    seconds = np.arange(16_000) / 16_000
+    soundfile.write(files[0], 0.3 * np.sin(2 * np.pi * 300 * seconds), 16_000)
+    soundfile.write(files[1], 0.3 * np.sin(2 * np.pi * 300 * np.arange(8_000) / 8_000), 8_000)
+    stereo = 0.3 * np.sin(2 * np.pi * 300 * np.arange(44_100) / 44_100)
+    soundfile.write(files[2], np.stack([stereo, stereo], 1), 44_100)
+    code, out, err = transcribe(capsys, tmp_path / "export", *files)
+    assert (code, err) == (0, "")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[0] for row in rows] == [str(f) for f in files]
+    waveform, _ = soundfile.read(files[0], dtype="float32")
+    assert rows[0][1] == hear(model, [waveform], ["A"])[1][0] != ""
+    code, out, _ = transcribe(capsys, tmp_path / "export", "--json", *files)
+    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(f) for f in files]
+
+
+@pytest.mark.usefixtures("unbound")
+def test_transcribe_says_what_is_wrong(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "export").mkdir()
+    write_export(made(whisper(sources["whisper"]), seed=3), tmp_path / "export")
+    long, bad, empty = (tmp_path / name for name in ("long.wav", "bad.flac", "empty.wav"))
+    soundfile.write(long, noise(31 * 16_000)[0], 16_000)
+    bad.write_bytes(b"no sound at all")
+    soundfile.write(empty, np.zeros(0), 16_000)
+    code, out, err = transcribe(capsys, tmp_path / "export", long)
+    assert code == 0 and out.startswith(f"{long}\t")
+    assert err == f"{long}: only the first 30 s of 31.0 s are transcribed, all that the model takes\n"
+    for file, wanted, words in [
+        (tmp_path / "missing.flac", 2, "no such file"),
+        (bad, 5, "cannot be read as sound"),
+        (empty, 5, "holds no sound"),
+    ]:
+        code, out, err = transcribe(capsys, tmp_path / "export", file)
+        assert (code, out) == (wanted, "")
+        assert err.startswith(f"error: {file}") and words in err and "\n\nhint: " in err
+    assert transcribe(capsys, sources["whisper"], long)[0] == 5
+    assert transcribe(capsys, tmp_path / "nowhere", long)[0] == 6
+
+
+# Two ranks -----------------------------------------------------------------------------------------------------------
+
+RUNS = {
+    # name: (source, ZeRO stage, precision)
+    "ctc-2": ("layer", 2, "fp32"),
+    "ctc-3": ("layer", 3, "fp32"),
+    "ctc-bf16": ("group", 2, "bf16"),
+    "ctc-bf16-3": ("group", 3, "bf16"),
+    "words-2": ("whisper", 2, "fp32"),
+    "words-3": ("whisper", 3, "fp32"),
+    "words-bf16": ("whisper", 2, "bf16"),
+    "words-bf16-3": ("whisper", 3, "bf16"),
+}
+
+
+def prepared(root: Path, name: str, value: schema.Backbone, stage: int, precision: str) -> Attempt:
+    """A run directory as `launch` leaves it, for 5 steps with an evaluation before and after them."""
+    seconds = 60 if isinstance(value, schema.Whisper) else 4
+    recipe = schema.Recipe.model_validate(
+        {
+            "name": name,
+            "run_dir": root / name,
+            "data": {"corpus": root, "packs": root / "packs", "train": ["train-clean-100"]},
+            "backbone": value.model_dump(),
+            "zero_stage": stage,
+            "precision": precision,
+            "max_steps": 5,
+            "batch": {"step_seconds": 2 * seconds, "max_rank_seconds": seconds / 2},
+            "optimizer": {"learning_rate": 1e-3},
+            "evaluate": {"subsets": ["dev-clean"], "at_start": True, "batch_seconds": seconds / 2},
+            "checkpoint": {"every_steps": 5},
+        }
+    )
+    run = Run(recipe.run_path)
+    for folder in (run.root, run.checkpoints, run.stop_request.parent):
+        folder.mkdir()
+    each = accumulation(recipe.batch.step_seconds, recipe.batch.max_rank_seconds, 2)
+    rundir.write_bytes(run.resolved, recipe_file.dump(recipe).encode())
+    rundir.write_json(run.deepspeed, plan.deepspeed_config(recipe, each))
+    return run.new_attempt()
+
+
+def heard(run: Run, step: int) -> list[str]:
+    return [row["text"] for row in read_lines(run.hypotheses(step))]
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unbound")
+def test_backbones_under_zero_on_two_ranks(
+    sources: dict[str, Path], tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both kinds train, evaluate together and seal at ZeRO 2 and 3, in fp32 and bf16, all in one process group.
+
+    Evaluation at stage 3 gathers weights as it goes, and a rank that wrote its transcripts must wait for the others:
+    it hangs where the ranks do not take the same steps. Five utterances in five batches leave one rank without its
+    last. The same weights give the same transcripts at both stages.
+    """
+    (tmp_path / "packs").mkdir()
+    for subset in ("train-clean-100", "dev-clean"):
+        write_pack(tiny_corpus, subset, tmp_path / "packs" / subset, 2**20, 1, lambda _: None)
+    attempts = [
+        prepared(tmp_path, name, backbone(sources, kind), stage, precision)
+        for name, (kind, stage, precision) in RUNS.items()
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=static"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    script = Path(__file__).with_name("stages.py")
+    command = [*torchrun, str(script), *(str(a.root) for a in attempts)]
+    env = {**os.environ, **environment.base_variables(2), "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        said, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            for left in psutil.Process(process.pid).children(recursive=True):
+                left.kill()  # ranks that hang have sessions of their own
+            process.kill()
+    assert process.returncode == 0, said.decode()[-6000:]
+    runs = {name: Run(tmp_path / name) for name in RUNS}
+    losses = {name: [m["loss"] for m in read_lines(run.attempts()[0].metrics)] for name, run in runs.items()}
+    for name, run in runs.items():
+        assert len(losses[name]) == 5 and min(losses[name]) > 0, name
+        assert run.sealed_steps() == [5], name
+        assert [read_json(run.evaluation(step))["utterances"] for step in (0, 5)] == [5, 5], name
+        assert all(heard(run, 0)), name
+    for two, three in (("ctc-2", "ctc-3"), ("words-2", "words-3")):
+        assert heard(runs[two], 0) == heard(runs[three], 0)
+        assert read_json(runs[two].evaluation(0))["loss"] == pytest.approx(
+            read_json(runs[three].evaluation(0))["loss"], rel=1e-5
+        )
+        assert losses[two] == pytest.approx(losses[three], rel=1e-4)
+        assert heard(runs[two], 5) == heard(runs[three], 5)
+    for name in ("ctc-bf16", "words-bf16"):
+        assert losses[name] == pytest.approx(losses[f"{name}-3"], rel=0.03)
+    # What was sealed is what was heard, frozen weights and all.
+    for name in ("ctc-2", "ctc-3", "words-3"):
+        target = tmp_path / "exports" / name
+        worker.main(["export", str(runs[name].root), "--step", "5", "--target", str(target)])
+        rows = read_lines(runs[name].hypotheses(5))
+        files = [next(tiny_corpus.rglob(f"{row['utt_id']}.flac")) for row in rows]
+        capsys.readouterr()
+        code, out, err = transcribe(capsys, target, *files)
+        assert code == 0, err
+        assert [line.split("\t", 1)[1] for line in out.split("\n")[:-1]] == [row["text"] for row in rows], name

@@ -1,0 +1,184 @@
+"""Checkpoints of one rank with a stand-in engine: sealed or absent, newest that verifies, kept by rule."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from launcher import rundir
+from launcher.errors import DataError, StorageError, UsageError
+from launcher.rundir import Attempt, Run
+from launcher.worker.checkpoint import Checkpoints, Identity, Progress, rng_state, set_rng_state
+from launcher.worker.data import Tensors
+from launcher.worker.engine import Engine
+from launcher.worker.ranks import Ranks
+from launcher.worker.sampler import Cursor, Segment
+
+IDENTITY = Identity(world_size=1, zero_stage="2", precision="fp32", backbone="b", packs="p")
+
+
+class OneNumber(Engine):
+    """An engine whose whole state is one number in one file."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self.fails = False
+
+    def backward(self, tensors: Tensors, factor: float, last: bool) -> torch.Tensor:
+        raise AssertionError("not trained here")
+
+    def step(self, learning_rate: float) -> float:
+        raise AssertionError("not trained here")
+
+    def save(self, folder: Path) -> list[Path]:
+        path = folder / "state.json"
+        path.write_text(json.dumps(self.value))
+        if self.fails:
+            raise OSError(28, "No space left on device")
+        return [path]
+
+    def load(self, folder: Path) -> None:
+        self.value = json.loads((folder / "state.json").read_text())
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Attempt:
+    run = Run(tmp_path / "run")
+    run.root.mkdir()
+    run.checkpoints.mkdir()
+    return run.new_attempt()
+
+
+def checkpoints(attempt: Attempt, engine: Engine | None = None, identity: Identity = IDENTITY) -> Checkpoints:
+    return Checkpoints(attempt, engine or OneNumber(), Ranks(), identity, keep_last=2)
+
+
+def saved(attempt: Attempt, *steps: int) -> Checkpoints:
+    """A run with these steps sealed; the engine's state is the step."""
+    engine = OneNumber()
+    them = checkpoints(attempt, engine)
+    for step in steps:
+        engine.value = step
+        assert them.save(Progress(step=step, cursor=Cursor(0, [Segment(1, 1, step)]))) is None
+        rundir.append_line(attempt.events, {"event": "sealed", "step": step})
+    return them
+
+
+def test_what_is_sealed_comes_back(attempt: Attempt) -> None:
+    saved(attempt, 5, 10)
+    engine = OneNumber()
+    progress, put_aside = checkpoints(attempt, engine).restore(fresh=False)
+    assert (engine.value, progress.step, put_aside) == (10, 10, [])
+    assert progress.cursor.history == [Segment(1, 1, 10)]
+    assert not list(attempt.run.checkpoints.glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "extra", "manifest"])
+def test_a_damaged_newest_is_put_aside_and_the_one_before_is_taken(attempt: Attempt, damage: str) -> None:
+    saved(attempt, 5, 10)
+    folder = attempt.run.checkpoint(10)
+    state = folder / "state.json"
+    if damage == "flip":
+        state.write_bytes(b"1\xb0"[:1] + bytes([state.read_bytes()[1] ^ 1]))
+    elif damage == "truncate":
+        state.write_bytes(state.read_bytes()[:-1])
+    elif damage == "missing":
+        state.unlink()
+    elif damage == "extra":
+        (folder / "stray.pt").write_bytes(b"x")
+    else:
+        manifest = folder / rundir.MANIFEST
+        manifest.write_text(manifest.read_text().replace('"step": 10', '"step": 11'))
+    engine = OneNumber()
+    progress, put_aside = checkpoints(attempt, engine).restore(fresh=False)
+    assert (engine.value, progress.step) == (5, 5)
+    assert len(put_aside) == 1 and str(folder) in put_aside[0]
+    assert [p.name for p in attempt.run.checkpoints.glob(".bad-*")] == [".bad-step-00000010"]
+
+
+def test_a_run_that_sealed_and_finds_nothing_refuses(attempt: Attempt) -> None:
+    """DeepSpeed starts from step 0 with exit 0 when its `latest` is missing; here that takes the word --fresh."""
+    them = saved(attempt, 5)
+    for path in attempt.run.checkpoint(5).iterdir():
+        path.unlink()
+    attempt.run.checkpoint(5).rmdir()
+    with pytest.raises(DataError, match="has sealed checkpoints before") as caught:
+        them.restore(fresh=False)
+    assert "--fresh" in caught.value.hint
+    assert them.restore(fresh=True)[0].step == 0
+
+
+def test_fresh_keeps_what_was_sealed(attempt: Attempt) -> None:
+    saved(attempt, 5).restore(fresh=True)
+    assert [p.name for p in attempt.run.checkpoints.iterdir()] == [".before-fresh-step-00000005"]
+
+
+def test_a_run_that_never_sealed_starts_at_step_0(attempt: Attempt) -> None:
+    assert checkpoints(attempt).restore(fresh=False)[0].step == 0
+
+
+@pytest.mark.parametrize("field", ["world_size", "zero_stage", "precision", "backbone", "packs"])
+def test_a_run_of_another_shape_is_refused_and_nothing_is_put_aside(attempt: Attempt, field: str) -> None:
+    saved(attempt, 5)
+    other = Identity(**{**vars(IDENTITY), field: 4 if field == "world_size" else "other"})
+    with pytest.raises(UsageError, match=field):
+        checkpoints(attempt, identity=other).restore(fresh=False)
+    assert attempt.run.sealed_steps() == [5]
+
+
+def test_a_failed_save_leaves_nothing_and_the_third_in_a_row_ends_the_run(attempt: Attempt) -> None:
+    engine = OneNumber()
+    them = checkpoints(attempt, engine)
+    engine.fails = True
+    for step in (1, 2):
+        error = them.save(Progress(step=step))
+        assert error is not None and "No space left" in error
+        assert not list(attempt.run.checkpoints.iterdir())
+    engine.fails = False
+    assert them.save(Progress(step=3)) is None
+    engine.fails = True
+    assert them.save(Progress(step=4)) and them.save(Progress(step=5))
+    with pytest.raises(StorageError, match="three checkpoints in a row"):
+        them.save(Progress(step=6))
+    assert attempt.run.sealed_steps() == [3]
+
+
+def test_a_new_attempt_fences_the_old_one(attempt: Attempt) -> None:
+    """What an older attempt left half-written is renamed away, so that an orphan of it has nothing left to rename."""
+    orphan = checkpoints(attempt)
+    orphan.staging.mkdir()
+    (orphan.staging / "state.json").write_text("7")
+    orphan.mine = {}
+    checkpoints(attempt.run.new_attempt()).fence()
+    assert not list(attempt.run.checkpoints.iterdir())
+    assert orphan._commit(Progress(step=7)) is not None
+    assert attempt.run.sealed_steps() == []
+
+
+def test_retention_keeps_the_last_two_and_the_best_and_counts_only_whole_ones(attempt: Attempt) -> None:
+    them = saved(attempt, 1, 2, 3, 4, 5)
+    (attempt.run.checkpoint(5) / "state.json").unlink()
+    them.retain(Progress(step=5, best_step=1))
+    assert attempt.run.sealed_steps() == [1, 3, 4, 5]
+    assert not list(attempt.run.checkpoints.glob(".*"))
+
+
+def test_random_numbers_go_on_where_they_stopped() -> None:
+    def draw() -> tuple[float, float, float, float]:
+        return float(torch.rand(())), float(np.random.rand()), float(np.random.randn()), random.random()
+
+    draw()
+    state = json.loads(json.dumps(rng_state()))
+    expected = [draw() for _ in range(3)]
+    set_rng_state(state)
+    assert [draw() for _ in range(3)] == expected
+
+
+def test_progress_survives_json() -> None:
+    for progress in (Progress(), Progress(9, Cursor(2, [Segment(2, 1, 4)]), 6, True, 0.25, 6)):
+        assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress

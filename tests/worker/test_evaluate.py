@@ -1,0 +1,220 @@
+"""When an evaluation is due, what it computes, and WER counted by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from launcher import recipe as schema
+from launcher.rundir import read_json, read_lines
+from launcher.worker.backbone import TinyCtcModel
+from launcher.worker.evaluate import Evaluator, Moment, is_due, normalizer, score
+from launcher.worker.pack import write_pack
+from launcher.worker.ranks import Ranks
+
+T = TypeVar("T")
+
+# WER -----------------------------------------------------------------------------------------------------------------
+
+
+def test_wer_by_hand() -> None:
+    """Worked out on paper. Three errors of three kinds in the first pair, and no other way to count them."""
+    pairs = [
+        # AND is too much, FIVE became FIFE, SEVEN was left out
+        ("ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT", "ONE AND TWO THREE FOUR FIFE SIX EIGHT"),
+        ("HELLO WORLD", ""),  # two left out
+        ("", "WELL WELL"),  # two too many
+        ("A B C D", "A B C D"),
+    ]
+    assert score(pairs) == {
+        "wer": 7 / 14,
+        "errors": 7,
+        "substitutions": 1,
+        "insertions": 3,
+        "deletions": 3,
+        "words": 14,
+        "utterances": 4,
+    }
+
+
+def test_wer_is_over_all_words_and_no_mean_of_means() -> None:
+    pairs = [("A", "B"), ("A B C D E F G H I", "A B C D E F G H I")]
+    assert score(pairs)["wer"] == 0.1  # the mean of means is 0.5
+
+
+def test_wer_can_exceed_one() -> None:
+    assert score([("A", "B C D")])["wer"] == 3.0
+
+
+def test_wer_of_no_words_is_no_number() -> None:
+    result = score([("", ""), ("", "A")])
+    assert math.isnan(result["wer"])
+    assert (result["insertions"], result["words"], result["utterances"]) == (1, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("librispeech", "Hello,  world's END.", "HELLO WORLD'S END"),
+        ("librispeech", "no-one 42", "NO ONE"),
+        ("librispeech", "", ""),
+        ("whisper-english", "Mr. Brown won't pay twenty two dollars!", "mister brown will not pay $22"),
+        ("whisper-english", "MISTER BROWN WON'T PAY TWENTY TWO DOLLARS", "mister brown will not pay $22"),
+        ("whisper-english", "Uh, the colour", "the colour"),
+    ],
+)
+def test_normalizers(name: str, text: str, words: str) -> None:
+    assert normalizer(name)(text) == words
+
+
+# When ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cadence", "step", "epochs", "minutes", "due"),
+    [
+        ({"every_steps": 10}, 9, 0.9, 0, False),
+        ({"every_steps": 10}, 10, 1.0, 0, True),
+        ({"every_steps": 10}, 11, 1.1, 0, False),
+        ({"every_steps": 10, "after_steps": 20}, 10, 1.0, 0, False),
+        ({"every_steps": 10, "after_steps": 20}, 20, 2.0, 0, True),
+        ({"every_epochs": 1}, 9, 0.9, 0, False),
+        ({"every_epochs": 1}, 10, 1.0, 0, True),
+        ({"every_epochs": 0.5}, 5, 0.5, 0, True),
+        ({"every_epochs": 0.5}, 6, 0.6, 0, False),
+        ({"every_epochs": 0.05}, 7, 0.7, 0, True),
+        ({"every_epochs": 2}, 10, 1.0, 0, False),
+        ({"every_epochs": 2}, 20, 2.0, 0, True),
+        ({"every_minutes": 5}, 3, 0.3, 4.9, False),
+        ({"every_minutes": 5}, 3, 0.3, 5.0, True),
+        ({"every_minutes": 5, "after_steps": 4}, 3, 0.3, 60, False),
+        ({"every_steps": 7, "every_minutes": 5}, 14, 1.4, 0, True),
+        ({}, 50, 5.0, 600, False),
+        ({"every_steps": 100}, 100, 10.0, 600, True),  # the last step: as at_end says
+        ({"every_steps": 100, "at_end": False}, 100, 10.0, 600, False),
+        ({"after_steps": 1000}, 100, 10.0, 0, True),
+    ],
+)
+def test_is_due(cadence: dict[str, Any], step: int, epochs: float, minutes: float, due: bool) -> None:
+    """Ten steps an epoch, a hundred steps in all."""
+    wanted = schema.Evaluate.model_validate({"subsets": ["dev-clean"], **cadence})
+    assert is_due(wanted, Moment(step, epochs, epochs - 0.1, minutes), max_steps=100) is due
+
+
+def test_epochs_counted_in_thirds_come_once_each() -> None:
+    """Three steps an epoch: 3 x (1/3) must not fall short of 1, nor count twice."""
+    wanted = schema.Evaluate(subsets=["dev-clean"], every_epochs=1)
+    due = [is_due(wanted, Moment(n, n / 3, (n - 1) / 3, 0), max_steps=1000) for n in range(1, 31)]
+    assert due == [n % 3 == 0 for n in range(1, 31)]
+
+
+# Who -----------------------------------------------------------------------------------------------------------------
+
+
+class OneOf(Ranks):
+    """A rank of a world that is not there: it hears only itself."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device("cpu")
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return [float(v) for v in values]
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+
+def evaluator(tiny_corpus: Path, packs: Path, ranks: Ranks, **cadence: Any) -> Evaluator:
+    recipe = schema.Recipe.model_validate(
+        {
+            "name": "x",
+            "data": {"corpus": tiny_corpus, "packs": packs, "train": ["train-clean-100"]},
+            "backbone": {"kind": "tiny-ctc", "hidden": 8, "layers": 1},
+            "max_steps": 1,
+            "batch": {"step_seconds": 8, "max_rank_seconds": 8},
+            "optimizer": {"learning_rate": 1e-3},
+            "evaluate": {"subsets": ["dev-clean", "train-clean-100"], **cadence},
+            "checkpoint": {"every_steps": 1},
+        }
+    )
+    for subset in recipe.evaluate.subsets:
+        if not recipe.pack(subset).exists():
+            packs.mkdir(exist_ok=True)
+            write_pack(tiny_corpus, subset, recipe.pack(subset), 2**20, 1, lambda _: None)
+    assert isinstance(recipe.backbone, schema.TinyCtc)
+    torch.manual_seed(1)
+    return Evaluator(recipe, TinyCtcModel(recipe.backbone).eval(), ranks)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_every_rank_forwards_as_many_batches_and_each_utterance_comes_once(
+    tiny_corpus: Path, tmp_path: Path, world_size: int
+) -> None:
+    """17 utterances in 7 batches. The result is the same at every world size."""
+    calls, rows = [], []
+    for rank in range(world_size):
+        one = evaluator(tiny_corpus, tmp_path / "packs", OneOf(rank, world_size), batch_seconds=3)
+        assert len(one.batches) == 7
+        count = 0
+
+        def infer(tensors: Any, one: Evaluator = one) -> Any:
+            nonlocal count
+            count += 1
+            with torch.no_grad():
+                return one.model(tensors, transcribe=True)
+
+        mine = one.compute(infer, lambda: False)
+        assert mine is not None
+        calls.append(count)
+        rows += mine
+    assert calls == [math.ceil(len(one.batches) / world_size)] * world_size
+    assert [row[0] for row in sorted(rows)] == list(range(17))
+    alone = evaluator(tiny_corpus, tmp_path / "packs", Ranks(), batch_seconds=3)
+    with torch.no_grad():
+        assert sorted(rows) == alone.compute(lambda t: alone.model(t, transcribe=True), lambda: False)
+
+
+def test_a_stop_breaks_off(tiny_corpus: Path, tmp_path: Path) -> None:
+    one = evaluator(tiny_corpus, tmp_path / "packs", Ranks(), batch_seconds=3)
+    answers = iter([False, True])
+    with torch.no_grad():
+        assert one.compute(lambda t: one.model(t, transcribe=True), lambda: next(answers)) is None
+
+
+def test_published_by_subset_and_in_all(tiny_corpus: Path, tmp_path: Path) -> None:
+    """One wrong word in dev-clean; `truncated` counts what the model heard only the beginning of."""
+    one = evaluator(tiny_corpus, tmp_path / "packs", Ranks())
+    one.model.max_samples = int(sorted(one.utterances.lengths["n_samples"])[-3])
+    rows = [(i, 0.5, one.utterances.row(i)["text"]) for i in range(17)]
+    words = rows[2][2].split()
+    rows[2] = (2, 1.5, " ".join(["WRONG", *words[1:]]))
+    result = one.publish(tmp_path / "step-00000003.json", 3, rows, attempt=1, blocked_s=1.0)
+    assert read_json(tmp_path / "step-00000003.json") == result
+    total = sum(len(row[2].split()) for row in rows)
+    assert (result["errors"], result["substitutions"], result["words"]) == (1, 1, total)
+    assert result["wer"] == 1 / total
+    assert result["loss"] == pytest.approx((16 * 0.5 + 1.5) / 17)
+    assert {s: (r["errors"], r["utterances"]) for s, r in result["subsets"].items()} == {
+        "dev-clean": (1, 5),
+        "train-clean-100": (0, 12),
+    }
+    assert result["truncated"] == 2
+    lines = read_lines(tmp_path / "step-00000003.hypotheses.jsonl")
+    assert [line["subset"] for line in lines] == ["dev-clean"] * 5 + ["train-clean-100"] * 12
+    assert lines[2]["hyp"].startswith("WRONG") and lines[2]["utt_id"] == one.utterances.row(2)["utt_id"]
+
+
+@pytest.mark.parametrize("how", ["missing", "twice", "unknown"])
+def test_what_did_not_come_exactly_once_is_not_published(tiny_corpus: Path, tmp_path: Path, how: str) -> None:
+    one = evaluator(tiny_corpus, tmp_path / "packs", Ranks())
+    rows = [(i, 0.5, "A") for i in range(17)]
+    rows = {"missing": rows[:-1], "twice": sorted([*rows, rows[4]]), "unknown": [*rows[:-1], (17, 0.5, "A")]}[how]
+    with pytest.raises(RuntimeError, match="results for 17 utterances"):
+        one.publish(tmp_path / "out" / "step-00000003.json", 3, rows, attempt=1, blocked_s=1.0)
+    assert not (tmp_path / "out").exists()
