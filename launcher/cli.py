@@ -6,9 +6,9 @@ ever imports torch.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -26,19 +26,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="speechctl",
-    help="Launch DeepSpeed training of speech models, and come back from every failure.",
+    help="Launch DeepSpeed training of speech models, and come back from every failure.\n\n"
+    "The whole way: speechctl pack RECIPE, speechctl launch RECIPE, speechctl status RUN; after an interruption"
+    " speechctl resume RUN; at the end speechctl evaluate RUN and speechctl export RUN.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # the help is text as everything else is: no boxes, no padding in a pipe
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipe_app, name="recipe")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/NAME.", show_default=False)
+]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one value: --set batch.step_seconds=100s.")
+]
+Subsets = Annotated[
+    list[str], typer.Option("--subset", metavar="SUBSET", help="A packed subset, in place of the recipe's; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Step = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step.")]
@@ -48,13 +56,21 @@ def main() -> None:
     """The entry point: every failure ends as one text with a hint and the exit code of its class."""
     from launcher.errors import ExitCode, SpeechctlError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to fail
     try:
-        app()
+        sys.exit(app(prog_name="speechctl", standalone_mode=False))
     except SpeechctlError as error:
         from launcher import ui
 
         ui.error(error.render())
         sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        _explain_usage(error)
+        sys.exit(ExitCode.USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
     except BrokenPipeError:
         os._exit(141)
     except Exception:
@@ -66,6 +82,19 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(ExitCode.BUG)
+
+
+def _explain_usage(error: typer.TyperException) -> None:
+    """A wrong command line, in the form of every other error. Without any arguments it is the help."""
+    from launcher import ui
+
+    text = error.format_message()
+    if text.startswith("Usage:"):
+        print(text, file=sys.stderr)
+        return
+    command = getattr(getattr(error, "ctx", None), "command_path", "speechctl")
+    there = "lists the commands" if command == "speechctl" else "shows what it takes"
+    ui.error(f"error: {text[:1].lower()}{text[1:].rstrip('.')}\n\nhint: `{command} --help` {there}")
 
 
 def _print_version(value: bool) -> None:
@@ -90,7 +119,7 @@ def options(
 
 @recipe_app.command("check")
 def recipe_check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Read a recipe and print it with every value filled in, or every mistake in it."""
+    """Print a recipe with every value filled in, or every mistake in it."""
     from launcher import recipe_file, ui
 
     ui.answer(recipe_file.dump(recipe_file.load(recipe, overrides)).rstrip())
@@ -103,7 +132,10 @@ def pack(
     processes: Annotated[int, typer.Option(min=1, help="Processes that pack at once.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Turn the LibriSpeech subsets that a recipe names into sealed MDS packs."""
+    """Turn the LibriSpeech subsets that a recipe names into sealed MDS packs.
+
+    A pack that is there already is checked and kept. Ctrl-C is safe: the next `pack` goes on from what is complete.
+    """
     from launcher import ui
 
     with _resolved(recipe, overrides) as (_, path):
@@ -112,12 +144,13 @@ def pack(
         ui.answer(json.dumps(answer, indent=1))
         return
     for row in answer:
-        ui.answer(f"{row['pack']}: {row['utterances']} utterances, {row['hours']:.2f} h, {row['speakers']} speakers")
+        utterances, speakers = ui.counted(row["utterances"], "utterance"), ui.counted(row["speakers"], "speaker")
+        ui.answer(f"{row['pack']}: {utterances}, {row['hours']:.2f} h, {speakers}")
 
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Show what a launch would do: ranks, batches, steps, memory, commands."""
+    """Show what a launch would do: ranks, batches, steps, memory, commands. Starts and writes nothing."""
     from launcher import ui
 
     with _resolved(recipe, overrides) as (value, path):
@@ -140,9 +173,19 @@ def launch(
         bool, typer.Option("--debug", help="One process, no DeepSpeed, in this terminal: breakpoints work.")
     ] = False,
 ) -> None:
-    """Start a new run of a recipe and follow it to its end."""
-    from launcher import rundir, supervise, ui
-    from launcher.errors import UsageError
+    """Start a new run of a recipe and follow it to its end.
+
+    The packs must be there: `speechctl pack RECIPE` makes them. Everything about the run is in its directory, RECIPE's
+    `run_dir` (runs/NAME unless the recipe says otherwise).
+
+    Ctrl-C asks the ranks to finish their step, seal a checkpoint and stop; a second one ends them at once. Either way
+    `speechctl resume RUN` goes on from the newest checkpoint that verifies.
+
+    Exit codes: 0 finished, 1 the training code raised, 2 the command line or the recipe is wrong, 5 data or a
+    checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76 something under the run died
+    (resume), 77 out of memory.
+    """
+    from launcher import new_run, ui
     from launcher.rundir import Run, RunLock
 
     if debug:
@@ -150,21 +193,14 @@ def launch(
     with _resolved(recipe, overrides) as (value, path):
         run = Run(value.run_path)
         if not dry_run and run.root.exists():
-            if rundir.holder(run) is not None:
-                raise UsageError(
-                    f"{run.root} is in use by {rundir.describe_holder(run)}",
-                    hint=f"watch it with `speechctl status {run.root}`, end it with `speechctl stop {run.root}`",
-                )
-            raise UsageError(
-                f"{run.root} exists already",
-                hint=f"go on with `speechctl resume {run.root}`, or start another with --set run_dir=…",
-            )
+            raise new_run.in_the_way(run)
         made, facts = _plan(value, path)
         if dry_run:
             ui.plan(made)
             return
-        _create(run, recipe, path, made, supervise.provenance(run, sys.argv, facts))
-    ui.say(f"{made.name}: {made.max_steps} steps on {made.world_size} rank(s), run in {run.root}")
+        new_run.create(run, recipe, path, made, facts)
+    steps, ranks = ui.counted(made.max_steps, "step"), ui.counted(made.world_size, "rank")
+    ui.say(f"{made.name}: {steps} on {ranks}, in {run.root}")
     with RunLock(run, " ".join(sys.argv)):
         _attempt(run, value, made, fresh=False, debug=debug)
 
@@ -174,12 +210,19 @@ def resume(
     run: RunPath,
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Start over at step 0, although there were checkpoints (they are kept aside)."),
+        typer.Option("--fresh", help="Start over at step 0, even if there are checkpoints; they are put aside."),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="In this terminal; for runs launched with --debug.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="In this terminal; only for a run launched with --debug.")
+    ] = False,
 ) -> None:
-    """Go on with a run from the newest checkpoint that verifies."""
-    from launcher import recipe_file, report, ui
+    """Go on with a run from the newest checkpoint that verifies.
+
+    For a run that was stopped, failed or interrupted; it is followed to its end. Ctrl-C and the exit codes are as in
+    `launch`.
+    """
+    from launcher import environment, hosts, recipe_file, report, rundir, ui
+    from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
 
@@ -193,13 +236,22 @@ def resume(
         value = recipe_file.load(where.resolved)
         if debug and (value.zero_stage != "off" or value.launch.processes != 1):
             raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {where.root}`")
-        made, _ = _plan(value, where.resolved)
+        made = plans.Plan.from_json(rundir.read_json(where.plan))
+        gpus = environment.gpu_count(value.launch.device)
+        machines = hosts.local(value.launch.processes, gpus)
+        environment.check(value, machines, gpus)
+        if machines != made.hosts:
+            was, now = (ui.counted(sum(h.slots for h in some), "rank") for some in (made.hosts, machines))
+            raise UsageError(
+                f"{where.root} was launched with {was}; on this machine it would have {now}",
+                hint="resume where as many GPUs can be used; another number of ranks cannot take over a run yet",
+            )
         _attempt(where, value, made, fresh=fresh, debug=debug)
 
 
 @app.command()
 def status(run: RunPath, as_json: AsJson = False) -> None:
-    """Show where a run stands."""
+    """Show where a run stands, and what to type next."""
     from launcher import report, ui
     from launcher.rundir import Run
 
@@ -212,9 +264,9 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
 @app.command()
 def stop(
     run: RunPath,
-    wait: Annotated[bool, typer.Option(help="Wait until the run has ended.")] = True,
+    wait: Annotated[bool, typer.Option(help="Whether to wait until the run has ended.")] = True,
 ) -> None:
-    """Ask a run to finish its step, seal it, and end."""
+    """Ask a run to finish its step, seal a checkpoint, and end."""
     import time
 
     from launcher import report, rundir, supervise, ui
@@ -223,7 +275,7 @@ def stop(
 
     where = Run(run)
     if report.read(where).holder is None:
-        raise UsageError(f"{where.root} is not running", hint=f"`speechctl status {where.root}`")
+        raise UsageError(f"{where.root} is not running", hint=f"`speechctl status {where.root}` shows how it ended")
     supervise.request_stop(where, "speechctl stop")
     while wait and rundir.holder(where) is not None:
         time.sleep(0.2)
@@ -237,10 +289,10 @@ def stop(
 def evaluate(
     run: RunPath,
     checkpoint: Step = "best",
-    subset: Annotated[list[str], typer.Option(help="Another subset than the recipe's; repeatable.")] = [],  # noqa: B006
+    subset: Subsets = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Compute the WER of a sealed checkpoint."""
+    """Compute the WER of a sealed checkpoint, in one process."""
     from launcher import ui
     from launcher.rundir import Run
 
@@ -263,7 +315,10 @@ def evaluate(
 @app.command()
 def export(
     run: RunPath,
-    target: Annotated[Path | None, typer.Argument(help="Default: RUN/exports/step-….", show_default=False)] = None,
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="TARGET", help="A directory to make. Default: RUN/exports/step-….", show_default=False),
+    ] = None,
     checkpoint: Step = "best",
 ) -> None:
     """Write a checkpoint's model as a directory that other programs load."""
@@ -283,7 +338,7 @@ def export(
 @app.command()
 def transcribe(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory made by `export`.", show_default=False)],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Sound files.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Sound files.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
     """Print what a model hears in sound files."""
@@ -308,44 +363,36 @@ def _resolved(path: Path, overrides: list[str]) -> Iterator[tuple[Recipe, Path]]
 def _worker(*arguments: str, parse: bool = True) -> Any:
     """What a verb of the worker answered. It has printed its own error where it failed."""
     from launcher import supervise
+    from launcher.errors import InfrastructureError, SpeechctlError
 
     done = supervise.ask_worker(list(arguments))
+    if done.returncode < 0:
+        raise InfrastructureError(
+            f"the worker's `{arguments[0]}` was ended by {supervise.by_signal(-done.returncode)}",
+            hint="look at the memory of this machine, then try again",
+        )
+    if done.returncode == 1:
+        raise SpeechctlError(
+            f"the worker's `{arguments[0]}` failed in a way that it does not expect; its traceback is above",
+            hint="mend what it names if that is on this machine; otherwise it is a bug of speechctl: report it",
+        )
     if done.returncode != 0:
-        if done.stdout:
-            print(done.stdout, end="")
-        raise typer.Exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
-    return json.loads(done.stdout) if parse else done.stdout
+        print(done.stdout, end="")
+        raise typer.Exit(done.returncode)
+    # Libraries may say something on stdout before the answer, which is one line.
+    return json.loads(done.stdout.splitlines()[-1]) if parse else done.stdout
 
 
 def _plan(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
-    from launcher import hosts, supervise
+    """What the recipe comes to on this machine, and the facts it was made from."""
+    from launcher import environment, hosts
     from launcher import plan as plans
 
-    machines = hosts.local(value.launch.processes, supervise.gpu_count())
+    gpus = environment.gpu_count(value.launch.device)
+    machines = hosts.local(value.launch.processes, gpus)
+    environment.check(value, machines, gpus)
     facts = _worker("facts", str(path), "--world-size", str(sum(h.slots for h in machines)))
     return plans.make(value, machines, facts), facts
-
-
-def _create(run: Run, recipe: Path, resolved: Path, made: Plan, provenance: dict[str, Any]) -> None:
-    """The run directory, whole or not at all."""
-    from launcher import rundir
-    from launcher.rundir import Run
-
-    run.root.parent.mkdir(parents=True, exist_ok=True)
-    staged = Run(tempfile.mkdtemp(prefix=f".{run.root.name}.", dir=run.root.parent))  # 0700, like the run
-    try:
-        for folder in (staged.checkpoints, staged.attempts_dir, staged.stop_request.parent):
-            folder.mkdir()
-        rundir.write_bytes(staged.recipe, recipe.read_bytes())
-        rundir.write_bytes(staged.resolved, resolved.read_bytes())
-        rundir.write_json(staged.plan, made.to_json())
-        if made.deepspeed is not None:
-            rundir.write_json(staged.deepspeed, made.deepspeed)
-        rundir.write_json(staged.provenance, provenance)
-        os.rename(staged.root, run.root)
-        rundir.sync_dir(run.root.parent)
-    finally:
-        shutil.rmtree(staged.root, ignore_errors=True)
 
 
 def _attempt(run: Run, value: Recipe, made: Plan, *, fresh: bool, debug: bool) -> None:
@@ -353,7 +400,7 @@ def _attempt(run: Run, value: Recipe, made: Plan, *, fresh: bool, debug: bool) -
     from launcher import rundir, supervise, ui
     from launcher.errors import ExitCode
 
-    attempt = supervise.prepare_attempt(run, made, stop_grace_s=value.launch.stop_grace, fresh=fresh)
+    attempt = supervise.prepare_attempt(run, value.launch, made, fresh=fresh)
     progress = ui.Progress(value.max_steps)
     code = supervise.run_debug(attempt) if debug else supervise.run_attempt(attempt, made, progress)
     failure = rundir.read_json(attempt.failure)
@@ -372,15 +419,15 @@ def _show(run: Run) -> None:
     value = report.read(run)
     at = value.best["step"] if value.best else (value.evaluations[-1]["step"] if value.evaluations else 0)
     if value.state == "running":
-        commands = f"speechctl status {run.root}\nspeechctl stop {run.root}"
+        commands = [f"speechctl status {run.root}", f"speechctl stop {run.root}"]
     elif value.state == "finished":
-        commands = (
-            f"speechctl evaluate {run.root}\n"
-            f"speechctl export {run.root}\n"
-            f"speechctl transcribe {run.exports}/step-{at:08d} FILE.flac"
-        )
+        commands = [
+            f"speechctl evaluate {run.root}",
+            f"speechctl export {run.root}",
+            f"speechctl transcribe {run.exports}/step-{at:08d} FILE.flac",
+        ]
     else:
-        commands = f"speechctl resume {run.root}"
+        commands = [f"speechctl resume {run.root}"]
     ui.report(value, report.samples(run, at, 4), commands)
 
 
@@ -398,9 +445,13 @@ def _which(run: Run, checkpoint: str) -> int:
     named = {"best": best, "last": value.sealed[-1] if value.sealed else None}
     step = named.get(checkpoint, int(checkpoint) if checkpoint.isdigit() else None)
     if step is None or step not in value.sealed:
+        if not value.sealed:
+            raise NotFoundError(
+                f"{run.root} has no sealed checkpoint yet", hint=f"`speechctl status {run.root}` shows where it stands"
+            )
         raise NotFoundError(
             f"{run.root} has no checkpoint {checkpoint}",
-            hint=f"sealed steps: {', '.join(map(str, value.sealed)) or 'none yet'}; say best, last or a step",
+            hint=f"--checkpoint takes best, last, or one of its sealed steps: {', '.join(map(str, value.sealed))}",
         )
     return step
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import select
 import signal
@@ -65,7 +66,11 @@ class Node:
         self.env: dict[str, Any] = rundir.read_json(attempt.env)
         self.hosts: list[dict[str, Any]] = rundir.read_json(attempt.hosts)
         self.told_to_kill = False
-        self.ended_by = "itself"
+        self.asked: str | None = None
+        """Why the ranks were asked to end, where they were."""
+        self.killed: str | None = None
+        """Why this process killed them, where it did."""
+        self.told: set[int] = set()
 
     def meet(self) -> dict[str, Any]:
         """Where the ranks find each other: picked and published by the head node, awaited by the others."""
@@ -77,7 +82,7 @@ class Node:
             rundir.write_json(self.attempt.rendezvous, meeting, mode=0o600)
             return meeting
         deadline = time.monotonic() + self.env["rendezvous_timeout_s"]
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self.told_to_kill:
             # By listing: NFS answers from cached attributes when it is asked for one name.
             if self.attempt.rendezvous.name in os.listdir(self.attempt.root):
                 return dict(rundir.read_json(self.attempt.rendezvous))
@@ -87,6 +92,7 @@ class Node:
     def run(self) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_kill", True))
+        adopt_orphans()
         argv = torchrun_argv(sys.executable, self.hosts, self.node_rank, self.meet(), self.attempt.root)
         if self.env["fresh"]:
             argv.append("--fresh")
@@ -102,44 +108,48 @@ class Node:
                 preexec_fn=die_with_parent,
             )
         returncode = self._watch(torchrun)
+        kill_family()  # whatever outlived torchrun
         rundir.write_json(
             self.attempt.node(self.node_rank),
             {
                 "node_rank": self.node_rank,
                 "host": socket.gethostname(),
                 "returncode": returncode,
-                "ended_by": self.ended_by,
+                "asked": self.asked,
+                "killed": self.killed,
                 "time": time.time(),
             },
         )
         return 0 if returncode == 0 else 1
 
     def _watch(self, torchrun: subprocess.Popen[bytes]) -> int:
-        asked_at: float | None = None
-        listening = True
+        alone, deadline = False, math.inf
+        grace_s = self.env["stop_grace_s"]
         while torchrun.poll() is None:
-            if listening and _closed(sys.stdin.fileno(), timeout_s=0.2):
-                listening, self.ended_by = False, "a launcher that went away"
-                self._signal_ranks(torchrun, signal.SIGTERM)
-                asked_at = time.monotonic()
-            elif not listening:
+            if alone:
                 time.sleep(0.2)
-            if asked_at is None and self.attempt.run.stop_request.exists():
-                asked_at, self.ended_by = time.monotonic(), "a request to stop"
-            late = asked_at is not None and time.monotonic() - asked_at > self.env["stop_grace_s"]
-            if self.told_to_kill or late:
-                self.ended_by += ", then killed" if late else ", killed"
-                self._signal_ranks(torchrun, signal.SIGKILL)
-                torchrun.kill()
+                self._ask_ranks(torchrun)
+            elif _closed(sys.stdin.fileno(), timeout_s=0.2):
+                alone, self.asked, deadline = True, "the launcher went away", time.monotonic() + grace_s
+            elif self.asked is None and self.attempt.run.stop_request.exists():
+                self.asked, deadline = "a stop was asked for", time.monotonic() + grace_s
+            if time.monotonic() > deadline:
+                self.killed = f"{self.asked}, and launch.stop_grace, {grace_s:g} s, was over"
+            elif self.told_to_kill:
+                self.killed = "the launcher was told to end at once"
+            if self.killed is not None:
+                kill_family()
                 break
         return torchrun.wait()
 
-    def _signal_ranks(self, torchrun: subprocess.Popen[bytes], number: signal.Signals) -> None:
-        """Ranks have sessions of their own, so a signal to torchrun's group would miss them."""
+    def _ask_ranks(self, torchrun: subprocess.Popen[bytes]) -> None:
+        """SIGTERM to every rank, once: they have sessions of their own, so a signal to torchrun's group would miss
+        them. Called again and again, because torchrun may still be starting some."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(torchrun.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.send_signal(number)
+            for rank in psutil.Process(torchrun.pid).children():
+                if rank.pid not in self.told:
+                    self.told.add(rank.pid)
+                    rank.terminate()
 
 
 def _closed(fd: int, timeout_s: float) -> bool:
@@ -148,7 +158,33 @@ def _closed(fd: int, timeout_s: float) -> bool:
     return bool(readable) and os.read(fd, 4096) == b""
 
 
+def adopt_orphans() -> None:
+    """Have a process below this one become its child when its own parent dies, so that `kill_family` still finds it."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def kill_family() -> None:
+    """SIGKILL to all processes below this one, until there are none: one of them may be starting another."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        family = psutil.Process().children(recursive=True)
+        living = [p for p in family if _is_running(p)]
+        if not living:
+            return
+        for process in living:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.02)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, whatever kills the parent."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

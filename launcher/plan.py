@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import UsageError
 from launcher.hosts import Host
 from launcher.recipe import Recipe
 
@@ -47,19 +46,18 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "hosts": [h.to_json() for h in self.hosts]}
 
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Plan:
+        return Plan(**{**value, "hosts": [Host(**h) for h in value["hosts"]]})
+
 
 def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Plan:
     """
     Args:
         facts: what `-m launcher.worker facts` printed for this recipe and world size.
-
-    Raises:
-        UsageError: the recipe cannot run on these hosts.
     """
     world_size = sum(h.slots for h in hosts)
     accumulation = int(facts["accumulation"])
-    if recipe.data.synthesize is None and recipe.max_steps * facts["utterances"] == 0:
-        raise UsageError("nothing to train on", hint="see data.train in the recipe")
     weights, trained = int(facts["parameters"]), int(facts["trained_parameters"])
     state, saved = state_bytes(recipe, weights, trained, world_size)
     node = "ATTEMPT/node.sh"

@@ -19,14 +19,15 @@ class Report:
     name: str
     run_dir: str
     state: str
-    """running, finished, stopped, failed, or created where no rank ever came up."""
+    """running; finished; stopped (sealed, on request); failed; interrupted (the launcher was killed); created (before
+    the first attempt)."""
     step: int
     """Newest step that a rank reported, of the attempt that went last."""
     max_steps: int
     sealed: list[int]
     """Steps with a sealed checkpoint."""
     best: dict[str, Any] | None
-    """Step and WER of the best checkpoint."""
+    """Step and WER of the best checkpoint, while it is there."""
     evaluations: list[dict[str, Any]]
     """By step."""
     metrics: list[dict[str, Any]]
@@ -56,18 +57,22 @@ def read(run: Run) -> Report:
     """
     if not run.exists():
         raise NotFoundError(
-            f"{run.root} is not a run: it has no {run.resolved.name}", hint="`speechctl launch RECIPE` makes one"
+            f"{run.root} is not a run: it has no {run.resolved.name}",
+            hint="give the directory of a run, such as runs/NAME; `speechctl launch RECIPE` makes one",
         )
     plan = rundir.read_json(run.plan)
     attempts = run.attempts()
+    paths = [p for p in sorted(run.evaluations.glob("step-*.json")) if p.name.count(".") == 1]
+    evaluations: list[dict[str, Any]] = [rundir.read_json(p) for p in paths]
     metrics: dict[int, dict[str, Any]] = {}
     for attempt in attempts:
         started = [e for e in rundir.read_lines(attempt.events) if e["event"] == "started"]
-        if started:  # what lies behind the step it resumed from was rolled back
-            metrics = {step: m for step, m in metrics.items() if step <= started[0]["step"]}
+        if started:  # what older attempts did behind the step that it resumed from was rolled back
+            step = started[0]["step"]
+            metrics = {s: m for s, m in metrics.items() if s <= step}
+            evaluations = [e for e in evaluations if e["step"] <= step or e["attempt"] >= attempt.number]
         metrics.update({m["step"]: m for m in rundir.read_lines(attempt.metrics)})
-    paths = sorted(run.evaluations.glob("step-*.json")) if run.evaluations.is_dir() else []
-    evaluations = [rundir.read_json(p) for p in paths if p.name.count(".") == 1]
+    sealed, best = run.sealed_steps(), rundir.read_json(run.best)
     holder = rundir.holder(run)
     if holder is not None and (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
         holder = None  # the launcher itself, telling how its own run ended
@@ -88,8 +93,8 @@ def read(run: Run) -> Report:
         state=state,
         step=max(metrics, default=0),
         max_steps=plan["max_steps"],
-        sealed=run.sealed_steps(),
-        best=rundir.read_json(run.best),
+        sealed=sealed,
+        best=best if best is not None and best["step"] in sealed else None,
         evaluations=evaluations,
         metrics=[metrics[step] for step in sorted(metrics)],
         attempts=len(attempts),

@@ -126,7 +126,8 @@ class Attempt:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-_STORAGE = {getattr(errno, n) for n in "ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ESTALE ENOTDIR".split()}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STORAGE = (*_FULL, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 @contextmanager
@@ -138,12 +139,12 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno not in _STORAGE:
             raise
         try:
-            stat = os.statvfs(path if path.exists() else path.parent)
+            stat = os.statvfs(next(p for p in (path, *path.parents) if p.exists()))
             free = f"{stat.f_bavail * stat.f_frsize / 2**20:.1f} MiB and {stat.f_favail} inodes free"
         except OSError:
             free = "free space unknown"
         raise StorageError(
-            f"cannot write {path}: {os.strerror(error.errno)} ({free})",
+            f"cannot write {path}: {error.strerror} ({free})",
             hint="make room there, or make it writable; what was sealed before is untouched",
         ) from error
 

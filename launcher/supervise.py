@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -10,85 +11,44 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir
+from launcher import environment, rundir
 from launcher.backends import BACKENDS
 from launcher.errors import ExitCode
-from launcher.node import NODE_SCRIPT, WORKER
+from launcher.node import NODE_SCRIPT, WORKER, die_with_parent
 from launcher.plan import Plan
+from launcher.recipe import Launch
 from launcher.rundir import Attempt, Run
 
 Tell = Callable[[dict[str, Any]], None]
 """Called with each event of the attempt, as it happens."""
-
-PASSED_ON = re.compile(
-    r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHONPATH|LD_LIBRARY_PATH|XDG_\w+|CUDA_\w+|NCCL_\w+"
-    r"|GLOO_\w+|TORCH_\w+|HF_\w+|TRANSFORMERS_\w+|SSL_CERT_\w+|OMP_\w+|MKL_\w+|DS_\w+|PYTHONDEVMODE|COVERAGE_\w+"
-)
-"""Environment variables that ranks inherit; no other crosses."""
-
 
 # The worker in one process -------------------------------------------------------------------------------------------
 
 
 def ask_worker(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run one verb of the worker here; its answer is caught, its progress and errors go to our stderr."""
-    env = {**os.environ, **base_variables(1)}
+    env = {**os.environ, **environment.base_variables(1)}
     command = [sys.executable, "-m", WORKER, *arguments]
     return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
-
-
-def gpu_count() -> int:
-    """NVIDIA GPUs that this process may use, without asking torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def base_variables(processes: int) -> dict[str, str]:
-    """Settings that every process of the worker wants; the user's own values win."""
-    gpus = gpu_count()
-    variables = {
-        "PYTHONSAFEPATH": "1",
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
-    }
-    if not gpus:
-        # glibc gives freed tensors back to the kernel and asks for them again at every step: measured 221 ms against
-        # 148 ms for the same bare loop on a CPU.
-        variables |= {
-            "DS_ACCELERATOR": "cpu",
-            "MALLOC_TRIM_THRESHOLD_": "4000000000",
-            "MALLOC_MMAP_THRESHOLD_": "1000000000",
-        }
-    return {name: os.environ.get(name, value) for name, value in variables.items()}
 
 
 # One attempt ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_attempt(run: Run, plan: Plan, *, stop_grace_s: float, fresh: bool) -> Attempt:
+def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Attempt:
     """The attempt's directory with everything its nodes need. The caller holds the run's lock."""
-    for request in (run.stop_request, run.save_request):
-        request.unlink(missing_ok=True)
     attempt = run.new_attempt()
-    variables = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
-    variables |= base_variables(max(h.slots for h in plan.hosts))
-    if plan.backend == "local":
-        variables |= {"GLOO_SOCKET_IFNAME": "lo"}
     env = {
-        "variables": variables,
+        "variables": environment.rank_variables(plan.backend, max(h.slots for h in plan.hosts), launch.device),
         "address": "127.0.0.1",
         "rendezvous_id": secrets.token_hex(16),
         "rendezvous_timeout_s": 120,
-        "stop_grace_s": stop_grace_s,
+        "stop_grace_s": launch.stop_grace,
         "fresh": fresh,
     }
     rundir.write_json(attempt.env, env, mode=0o600)
@@ -99,34 +59,48 @@ def prepare_attempt(run: Run, plan: Plan, *, stop_grace_s: float, fresh: bool) -
 
 
 def run_attempt(attempt: Attempt, plan: Plan, tell: Tell) -> ExitCode:
-    """Start every node, follow the attempt to its end, and say how it ended."""
-    run = attempt.run
+    """Start every node, follow the attempt to its end, and say how it ended. Leaves no process behind.
+
+    Raises:
+        HostError: a node cannot be started.
+    """
     note(attempt, "started", nodes=len(plan.hosts))
     start = BACKENDS[plan.backend]
-    follow = Follower(attempt, tell)
+    nodes: list[subprocess.Popen[bytes]] = []
     with interrupts() as received:
-        nodes = [start(attempt, k, host) for k, host in enumerate(plan.hosts)]
-        acted_on = 0
-        while any(node.poll() is None for node in nodes):
-            if len(received) > acted_on:
-                acted_on += 1
-                if acted_on == 1:
-                    request_stop(run, f"signal {received[0]} to the launcher")
-                    tell({"event": "stopping"})
-                else:
-                    tell({"event": "killing"})
-                    for node in nodes:
-                        with suppress(ProcessLookupError):
-                            node.terminate()
-            follow.once()
-            time.sleep(0.1)
-    for node in nodes:
-        if node.stdin is not None:
-            node.stdin.close()
-    follow.once()
-    code = conclude(attempt)
-    note(attempt, "ended", code=int(code))
+        try:
+            for k, host in enumerate(plan.hosts):
+                nodes.append(start(attempt, k, host))
+            watch(attempt, nodes, received, tell)
+        finally:
+            for node in nodes:
+                if node.stdin is not None:
+                    node.stdin.close()  # one that still runs now ends its ranks, gently first
+            returncodes = [node.wait() for node in nodes]
+    code = conclude(attempt, returncodes)
+    note(attempt, "ended", code=int(code), nodes=returncodes)
     return code
+
+
+def watch(attempt: Attempt, nodes: list[subprocess.Popen[bytes]], received: list[int], tell: Tell) -> None:
+    """Follow the nodes until all have ended. The first signal to the launcher asks the ranks to seal and stop, the
+    second ends them, a third does not wait for anybody."""
+    follow = Follower(attempt, tell)
+    acted_on = 0
+    while any(node.poll() is None for node in nodes):
+        if len(received) > acted_on:
+            acted_on += 1
+            note(attempt, "signal", number=received[acted_on - 1])
+            if acted_on == 1:
+                tell({"event": "stopping"})
+                request_stop(attempt.run, f"signal {received[0]} to the launcher")
+            else:
+                tell({"event": "killing"})
+                for node in nodes:
+                    node.terminate() if acted_on == 2 else node.kill()
+        follow.once()
+        time.sleep(0.1)
+    follow.once()
 
 
 def run_debug(attempt: Attempt) -> ExitCode:
@@ -135,21 +109,33 @@ def run_debug(attempt: Attempt) -> ExitCode:
     argv = [sys.executable, "-m", WORKER, "train", str(attempt.root), "--debug"] + ["--fresh"] * env["fresh"]
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        child = subprocess.Popen(argv, env={**os.environ, **env["variables"]})
+        child = subprocess.Popen(argv, env={**os.environ, **env["variables"]}, preexec_fn=die_with_parent)
         returncode = child.wait()
     finally:
         signal.signal(signal.SIGINT, before)
-    if returncode < 0:
-        note(attempt, "killed", signal=-returncode)
-    return conclude(attempt)
+    return conclude(attempt, [returncode])
+
+
+AT_ONCE_S = 0.5
+"""Signals this close together are one wish: Ctrl-C may reach us from the terminal and from a wrapper too."""
 
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """The signals that asked this process to end, in order, instead of its end."""
+    """The signals that asked this process to end, in order, instead of its end. One that was ignored, as under nohup,
+    stays ignored."""
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in numbers}
+    last = -math.inf
+
+    def receive(number: int, _: object) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > AT_ONCE_S:
+            received.append(number)
+            last = now
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, receive) for n in numbers}
     try:
         yield received
     finally:
@@ -183,7 +169,9 @@ class Follower:
                 data = file.read()
             whole = data[: data.rfind(b"\n") + 1]
             self.offsets[path] = offset + len(whole)
-            fresh += [json.loads(line) for line in whole.splitlines()]
+            for line in whole.splitlines():
+                with suppress(ValueError):  # progress is not worth a run
+                    fresh.append(json.loads(line))
         for row in sorted(fresh, key=lambda r: float(r["time"])):
             self.tell(row)
 
@@ -191,84 +179,121 @@ class Follower:
 # How it ended --------------------------------------------------------------------------------------------------------
 
 
-def conclude(attempt: Attempt) -> ExitCode:
-    """The attempt's exit code, from what its ranks and nodes wrote; `failure.json` says why where it failed."""
+def conclude(attempt: Attempt, returncodes: Sequence[int]) -> ExitCode:
+    """The attempt's exit code, from what its ranks and nodes wrote; `failure.json` says why where it failed.
+
+    Args:
+        returncodes: of the processes that stood for the nodes. None of them alone makes a success.
+    """
     ended = rundir.read_json(attempt.exit)
     if ended is not None:  # rank 0 writes it after the last seal
         return ExitCode(ended["code"])
-    failure = first_failure(attempt)
+    failure = first_failure(attempt, returncodes)
     rundir.write_json(attempt.failure, failure)
     return ExitCode(failure["code"])
 
 
-def first_failure(attempt: Attempt) -> dict[str, Any]:
+def first_failure(attempt: Attempt, returncodes: Sequence[int]) -> dict[str, Any]:
     """First cause, evidence, verdict and what to type next."""
     records = [rundir.read_json(p) for p in sorted(attempt.failures.glob("rank-*.json"))]
     records.sort(key=lambda r: float(r["time"]))
     causes = [r for r in records if not r["lost_peer"]]
-    killed = killed_ranks(attempt)
+    nodes = [n for k in range(len(returncodes)) if (n := rundir.read_json(attempt.node(k)))]
+    killed = next((n["killed"] for n in nodes if n["killed"]), None)
+    asked = next((n["asked"] for n in nodes if n["asked"]), None)
+    signalled = first_signalled(torchrun_account(attempt), {r["rank"] for r in causes})
     resume = f"`speechctl resume {attempt.run.root}` goes on from the newest checkpoint"
-    if causes and not killed:
+    rank: int | None = None
+    evidence = attempt.node_log(0)
+    if signalled is not None:
+        rank, number = signalled
+        message = f"rank {rank} was ended by {by_signal(number)}"
+    elif causes:
         cause = causes[0]
+        rank, known = cause["rank"], cause["hint"] is not None
+        log = attempt.rank_log(cause["rank"])
+        where = str(log) if log.exists() else "the traceback above"
         return {
-            "code": cause["code"],
-            "rank": cause["rank"],
-            "message": f"rank {cause['rank']}: {cause['type']}: {cause['message']}"
-            if cause["hint"] is None
-            else cause["message"],
-            "evidence": str(attempt.rank_log(cause["rank"])),
-            "hint": cause["hint"] or f"read the traceback in {attempt.rank_log(cause['rank'])}; then {resume}",
+            "code": cause["code"] or ExitCode.BUG,
+            "rank": rank,
+            "message": cause["message"] if known else f"rank {rank}: {cause['type']}: {cause['message']}",
+            "evidence": where,
+            "hint": cause["hint"] if known else f"read {where}, mend it, then {resume}",
         }
-    nodes = [n for k in range(len(rundir.read_json(attempt.hosts))) if (n := rundir.read_json(attempt.node(k)))]
-    by = next((n["ended_by"] for n in nodes if n["ended_by"] != "itself"), None)
-    if killed and by is None:
-        rank, number = killed[0]
-        name = signal.Signals(number).name
-        memory = "; the kernel does that when memory runs out" if number == signal.SIGKILL else ""
-        message, evidence = f"rank {rank} was ended by {name}{memory}", str(attempt.node_log(0))
-    elif by is not None:
-        message, evidence = f"the ranks were ended by {by} before their work was sealed", str(attempt.supervisor)
+    elif killed is not None:
+        message, evidence = f"the ranks were killed before their work was sealed: {killed}", attempt.supervisor
+    elif asked is not None:
+        message, evidence = f"the ranks ended before their work was sealed: {asked}", attempt.logs
     elif records:
-        message, evidence = f"rank {records[0]['rank']} lost its peers: {records[0]['message']}", str(attempt.logs)
+        rank = records[0]["rank"]
+        message, evidence = f"rank {rank} lost its peers: {records[0]['message']}", attempt.rank_log(records[0]["rank"])
     else:
-        message, evidence = (
-            f"the ranks ended without a word: {last_line(attempt.node_log(0))}",
-            str(attempt.node_log(0)),
-        )
-    return {"code": ExitCode.INFRASTRUCTURE, "rank": None, "message": message, "evidence": evidence, "hint": resume}
+        message = unexplained(attempt, returncodes, nodes)
+    return {
+        "code": ExitCode.INFRASTRUCTURE,
+        "rank": rank,
+        "message": message,
+        "evidence": str(evidence),
+        "hint": resume,
+    }
 
 
-def killed_ranks(attempt: Attempt) -> list[tuple[int, int]]:
-    """(rank, signal) of ranks that a signal ended, from torchrun's own account, first failure first."""
+def torchrun_account(attempt: Attempt) -> list[tuple[int, int]]:
+    """(rank, exit code) of the ranks that failed, by the summaries in the nodes' logs; what torchrun saw first comes
+    first. The others are not causes: it ends them itself, by SIGTERM, and after 30 s by SIGKILL."""
     found: list[tuple[int, int]] = []
     for log in sorted(attempt.logs.glob("node-*.log")):
-        text = log.read_text(errors="replace")
-        for match in re.finditer(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: -(\d+) ", text):
-            found.append((int(match[1]), int(match[2])))
-        # torchrun terminates the siblings of the first one that fails
-    return [f for f in found if f[1] != signal.SIGTERM] or found
+        others, _, root = log.read_text(errors="replace").partition("Root Cause (first observed failure):")
+        for part in (root, others):
+            for match in re.finditer(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) ", part):
+                found.append((int(match[1]), int(match[2])))
+    return found
 
 
-def last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
-    return lines[-1].strip() if lines else "its log is empty"
+def first_signalled(account: list[tuple[int, int]], raised: set[int]) -> tuple[int, int] | None:
+    """(rank, signal) of the rank whose end by a signal is the first cause, if that is what happened.
+
+    Args:
+        raised: ranks that gave a cause of their own. A peer's account of a connection that broke is none.
+    """
+    signalled = [(rank, -code) for rank, code in account if code < 0 and -code != signal.SIGTERM]
+    if not signalled:
+        return None
+    rank, number = signalled[0]
+    came_first = account[0] == (rank, -number)
+    # Libraries abort (SIGABRT) for want of a peer, and a rank may crash on its way out after it said why.
+    secondary = rank in raised or number == signal.SIGABRT or not came_first
+    return None if raised and secondary else (rank, number)
 
 
-def provenance(run: Run, command: list[str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What this run was made from: code, packages, packs, command."""
-    from importlib import metadata
+def by_signal(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return name + ("; the kernel does that when memory runs out" if number == signal.SIGKILL else "")
 
-    package = Path(__file__).parent
-    git = ["git", "-C", str(package)]
-    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
-    names = ("speechctl", "torch", "torchaudio", "deepspeed", "accelerate", "transformers", "mosaicml-streaming")
-    return {
-        "command": command,
-        "code": {"revision": revision or None, "changed": changed.splitlines()},
-        "packages": {n: metadata.version(n) for n in names},
-        "python": sys.version.split()[0],
-        "packs": facts["packs"],
-        "host": os.uname().nodename,
-        "created": time.time(),
-    }
+
+def unexplained(attempt: Attempt, returncodes: Sequence[int], nodes: list[dict[str, Any]]) -> str:
+    """What can be said where no rank said anything."""
+    for k, returncode in enumerate(returncodes):
+        if returncode < 0:
+            return f"the process of node {k} was ended by {by_signal(-returncode)}"
+    for node in nodes:
+        if node["returncode"] < 0:
+            return f"torchrun on {node['host']} was ended by {by_signal(-node['returncode'])}"
+    account = torchrun_account(attempt)
+    who = f"rank {account[0][0]} ended with code {account[0][1]}" if account else "the ranks ended"
+    return f"{who} without a word: {last_error(attempt.node_log(0))}"
+
+
+def last_error(path: Path) -> str:
+    """The line of a node's log that says most: the last one that names an exception, or else the last one.
+
+    What torchrun says once a rank has failed is left out: it only repeats that one did.
+    """
+    text = path.read_text(errors="replace") if path.exists() else ""
+    text = re.split(r"(?m)^[EW]\d{4} .*torch/distributed/elastic/multiprocessing/api\.py", text)[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return [*lines, *named][-1] if lines else f"there is nothing in {path}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -13,8 +16,25 @@ from launcher.errors import printable
 from launcher.plan import Plan
 from launcher.report import Report
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Plain(Console):
+    """Lines as they are: nothing is wrapped, cropped or padded, and without a terminal there are no escape codes."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        # rich's own NO_COLOR keeps bold; here it means that nothing but the text is written.
+        color = None if os.environ.get("NO_COLOR") else "auto"
+        super().__init__(stderr=stderr, color_system=color, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads what we say any more. An answer ends there; progress is not worth a run, which goes on."""
+        self.quiet = True
+        if not self.stderr:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141)
+
+
+out = _Plain(stderr=False)
+err = _Plain(stderr=True)
 
 DIM, BRIGHT = (88, 48, 128), (216, 160, 255)
 """The product's purple: a run starts at the first shade and ends at the second."""
@@ -29,18 +49,24 @@ def purple(wer: float, first: float, best: float) -> str:
 
 
 def error(text: str) -> None:
-    first, _, rest = text.partition("\n")
-    err.print(Text(first, style="bold red" if first.startswith("error:") else ""))
-    if rest:
-        err.print(Text(rest))
+    first, newline, rest = printable(text).partition("\n")
+    say(first, style="bold red" if first.startswith("error:") else "")
+    if newline:
+        say(rest)
 
 
-def say(text: str) -> None:
-    err.print(Text(printable(text)))
+def say(text: str, style: str = "") -> None:
+    """A line of progress. A terminal that was closed is no reason to end a run."""
+    with suppress(OSError):
+        err.print(Text(printable(text), style=style))
 
 
-def answer(text: str) -> None:
-    out.print(Text(text))
+def answer(text: str, style: str = "") -> None:
+    out.print(Text(printable(text).rstrip(" "), style=style))
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(count: float) -> str:
@@ -55,7 +81,7 @@ def size(count: float) -> str:
 def grid(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
-        answer(f"{name:<{width}}{printable(value)}")
+        answer(f"{name:<{width}}{value}")
 
 
 def plan(value: Plan) -> None:
@@ -69,8 +95,8 @@ def plan(value: Plan) -> None:
             ("ranks", f"{ranks}, backend {value.backend}, ZeRO {stage}"),
             (
                 "step",
-                f"{value.step_seconds:g} padded s = {value.world_size} ranks x {value.accumulation} micro-batches"
-                f" x {value.micro_batch_seconds:g} s",
+                f"{value.step_seconds:g} padded s = {counted(value.world_size, 'rank')}"
+                f" x {counted(value.accumulation, 'micro-batch')} x {value.micro_batch_seconds:g} s",
             ),
             ("steps", f"{value.max_steps} = {value.epochs:.2f} epochs of {value.steps_per_epoch}"),
             ("training", f"{value.utterances} utterances, {value.audio_hours:.2f} h{left_out}"),
@@ -109,9 +135,10 @@ class Progress:
                 f" {row['deletions']} del of {row['words']} words in {row['utterances']} utterances)"
                 f"  loss {row['loss']:.4g}  {row['blocked_s']:.1f} s"
             )
-            err.print(Text(text, style=purple(row["wer"], self.first, self.best)))
+            say(text, style=purple(row["wer"], self.first, self.best))
         elif kind in LINES:
-            say(LINES[kind].format(**row))
+            with suppress(KeyError):  # a worker of another version says it in other words
+                say(LINES[kind].format(**row))
 
     def _step(self, row: dict[str, Any]) -> None:
         self.audio_s += row["audio_s"]
@@ -120,58 +147,64 @@ class Progress:
             return
         self.shown = time.monotonic()
         speed = self.audio_s / self.step_s if self.step_s else 0.0
-        err.print(
+        say(
             f"step {row['step']}/{self.max_steps}  epoch {row['epoch']}  loss {row['loss']:.4g}"
             f"  grad norm {row['grad_norm']:.3g}  lr {row['learning_rate']:.2e}  {speed:.0f}x real time"
         )
 
 
 LINES = {
-    "started": "{world_size} ranks are up: {utterances} utterances, from step {step} to {max_steps}",
+    "started": "all {world_size} ranks are up: {utterances} utterances, from step {step} to {max_steps}",
     "put_aside": "a checkpoint does not verify and was put aside: {problem}",
     "sealed": "step {step}: sealed a checkpoint in {blocked_s:.1f} s",
     "save_failed": "step {step}: no checkpoint: {error}; training goes on",
-    "stopping": "stopping: all ranks finish their step and seal it (Ctrl-C again ends them at once)",
+    "stopping": "stopping: the ranks finish their step and seal it (Ctrl-C again ends them at once)",
     "killing": "ending the ranks now; sealed checkpoints stay",
     "stopped": "step {step}: stopped, and sealed",
     "finished": "step {step}: finished, and sealed",
 }
 
 
-def report(value: Report, heard: list[dict[str, Any]], checkpoint_hint: str) -> None:
+def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> None:
     """A run at its end, or where it stands."""
     rate = value.audio_s / value.training_s if value.training_s else 0.0
-    best = "none" if value.best is None else f"step {value.best['step']}, WER {value.best['wer']:.2%}"
-    sealed = ", ".join(str(s) for s in value.sealed) or "none"
+    best = "" if value.best is None else f"; best: step {value.best['step']}, WER {value.best['wer']:.2%}"
+    audio = f"{rate / 3600:.4f} h/s ({rate:.0f}x real time), {value.audio_s / 3600:.2f} h trained on"
     grid(
         [
             ("run", f"{value.name} in {value.run_dir}"),
             ("state", state(value)),
-            ("steps", f"{value.step} of {value.max_steps}, {value.attempts} attempt(s)"),
-            ("audio", f"{rate / 3600:.4f} h/s ({rate:.0f}x real time), {value.audio_s / 3600:.2f} h trained on"),
-            ("sealed", f"{sealed}; best: {best}"),
+            ("steps", f"{value.step} of {value.max_steps}, {counted(value.attempts, 'attempt')}"),
+            ("audio", audio if value.metrics else "none yet"),
+            ("sealed", (", ".join(str(s) for s in value.sealed) or "none yet") + best),
         ]
     )
     if value.evaluations:
-        out.print()
+        answer("")
         curve(value.evaluations)
     if heard:
-        out.print()
+        answer("")
         for row in heard:
-            out.print(Text(printable(f"said   {row['ref']}\nheard  {row['hyp']}")))
+            answer(f"said   {row['ref']}")
+            answer(f"heard  {row['hyp']}")
     if value.failure:
-        out.print()
-        out.print(Text(printable(f"failed: {value.failure['message']}\nevidence: {value.failure['evidence']}")))
-    out.print()
-    out.print(Text("next:"))
-    for line in checkpoint_hint.splitlines():
-        out.print(Text(f"  {line}"))
+        answer("")
+        for title, name in (("failed", "message"), ("evidence", "evidence"), ("hint", "hint")):
+            answer(f"{title}: {value.failure[name]}")
+    answer("\nnext:")
+    for command in commands:
+        answer(f"  {command}")
 
 
 def state(value: Report) -> str:
+    """The state in words."""
     if value.holder is not None:
-        return f"running: pid {value.holder.get('pid')} on {value.holder.get('host')}"
-    return value.state
+        return f"running: pid {value.holder.get('pid', '?')} on {value.holder.get('host', '?')}"
+    return {
+        "created": "created, not started yet",
+        "interrupted": "interrupted: the launcher was gone before it could say how the ranks ended",
+        "stopped": "stopped on request, with its work sealed",
+    }.get(value.state, value.state)
 
 
 def curve(evaluations: list[dict[str, Any]]) -> None:
@@ -183,4 +216,4 @@ def curve(evaluations: list[dict[str, Any]]) -> None:
         counts = f"{e['substitutions']:>5} {e['insertions']:>5} {e['deletions']:>5} {e['words']:>6}"
         bar = "█" * round(min(1.0, e["wer"]) * 30)
         text = f"{e['step']:>8}  {e['wer']:>7.2%}  {counts}  {e['loss']:<8.4g} {bar}"
-        out.print(Text(text, style=purple(e["wer"], first, best)))
+        answer(text, style=purple(e["wer"], first, best))

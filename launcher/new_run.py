@@ -1,0 +1,83 @@
+"""A new run's directory: what was asked, what it came to, and what it was made from. Whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launcher import rundir
+from launcher.errors import UsageError
+from launcher.plan import Plan
+from launcher.rundir import Run
+
+
+def create(run: Run, recipe: Path, resolved: Path, made: Plan, facts: Mapping[str, Any]) -> None:
+    """
+    Args:
+        recipe: the file that the user named, kept as it is.
+        resolved: the same with every value filled in and overrides applied.
+
+    Raises:
+        UsageError: something is there already.
+        StorageError: the place cannot be written.
+    """
+    with rundir.storage_errors(run.root):
+        run.root.parent.mkdir(parents=True, exist_ok=True)
+        staged = Run(tempfile.mkdtemp(prefix=f".{run.root.name}.", dir=run.root.parent))  # 0700, like the run
+    try:
+        for folder in (staged.checkpoints, staged.attempts_dir, staged.stop_request.parent):
+            folder.mkdir()
+        rundir.write_bytes(staged.recipe, recipe.read_bytes())
+        rundir.write_bytes(staged.resolved, resolved.read_bytes())
+        rundir.write_json(staged.plan, made.to_json())
+        if made.deepspeed is not None:
+            rundir.write_json(staged.deepspeed, made.deepspeed)
+        rundir.write_json(staged.provenance, provenance(facts))
+        try:
+            os.rename(staged.root, run.root)
+        except OSError as error:  # another launch was quicker
+            raise in_the_way(run) from error
+        rundir.sync_dir(run.root.parent)
+    finally:
+        shutil.rmtree(staged.root, ignore_errors=True)
+
+
+def in_the_way(run: Run) -> UsageError:
+    """Why no new run can be made here."""
+    if rundir.holder(run) is not None:
+        return rundir.in_use(run)
+    if run.exists():
+        hint = f"go on with `speechctl resume {run.root}`, or start another run with --set name=… or --set run_dir=…"
+    else:
+        hint = "it is no run; move it away, or start the run elsewhere with --set name=… or --set run_dir=…"
+    return UsageError(f"{run.root} exists already", hint=hint)
+
+
+def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What this run was made from: code, packages, packs, command."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    names = ("speechctl", "torch", "torchaudio", "deepspeed", "accelerate", "transformers", "mosaicml-streaming")
+    return {
+        "command": sys.argv,
+        "code": {"revision": git("rev-parse", "HEAD") or None, "changed": git("status", "--porcelain").splitlines()},
+        "packages": {n: metadata.version(n) for n in names},
+        "python": sys.version.split()[0],
+        "packs": facts["packs"],
+        "host": os.uname().nodename,
+        "created": time.time(),
+    }

@@ -1,0 +1,245 @@
+"""What all tests share: a corpus small enough to be made anew for every test, golden files, and runs without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+
+from launcher import plan, recipe_file, rundir, supervise
+from launcher.hosts import Host
+from launcher.plan import Plan
+from launcher.recipe import Launch
+from launcher.rundir import Attempt, Run
+from tests.stub.speechctl import FACTS
+
+CHAPTERS = {
+    "dev-clean": {(84, 121): 3, (174, 50): 2},
+    "train-clean-100": {(19, 198): 4, (19, 227): 3, (26, 495): 3, (103, 1240): 2},
+}
+"""Utterances by subset, speaker and chapter."""
+
+SENTENCES = (
+    "HELLO WORLD",
+    "THE CAT SAT ON THE MAT",
+    "A",
+    "IT'S NEVER TOO LATE",
+    "SPEECH IS SILVER BUT SILENCE IS GOLDEN",
+)
+
+
+@pytest.fixture
+def tiny_corpus(tmp_path: Path) -> Path:
+    """The root of a LibriSpeech tree: 5 utterances in dev-clean, 12 in train-clean-100; noisy tones, 0.3 to 1.5 s."""
+    root = tmp_path / "LibriSpeech"
+    random = np.random.default_rng(7)
+    for subset, chapters in CHAPTERS.items():
+        for (speaker, chapter), count in chapters.items():
+            folder = root / subset / str(speaker) / str(chapter)
+            folder.mkdir(parents=True)
+            lines = []
+            for i in range(count):
+                utt_id = f"{speaker}-{chapter}-{i:04d}"
+                n_samples = int(random.integers(4800, 24000))
+                tone = np.sin(2 * np.pi * (100 + speaker) * np.arange(n_samples) / 16000)
+                sound = 0.3 * tone + 0.02 * random.standard_normal(n_samples)
+                soundfile.write(folder / f"{utt_id}.flac", sound, 16000, subtype="PCM_16")
+                lines.append(f"{utt_id} {SENTENCES[(speaker + i) % len(SENTENCES)]}\n")
+            (folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
+    return root
+
+
+Golden = Callable[[str, str], None]
+
+
+@pytest.fixture
+def golden() -> Golden:
+    """`golden(name, text)` compares a text with tests/golden/NAME. After a change that is meant, run the tests with
+    SPEECHCTL_WRITE_GOLDEN=1 once, and read the difference before it is committed."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if os.environ.get("SPEECHCTL_WRITE_GOLDEN"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert text == path.read_text(), f"not what {path} has"
+
+    return compare
+
+
+# Runs without torch ---------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: stub
+launch: {processes: 2, stop_grace: 2s}
+data: {corpus: corpus, packs: packs, train: [train-clean-100]}
+backbone: {kind: tiny-ctc}
+max_steps: 50
+batch: {step_seconds: 24s, max_rank_seconds: 12s}
+optimizer: {learning_rate: 1e-3}
+evaluate: {subsets: [dev-clean]}
+checkpoint: {every_steps: 10}
+"""
+
+
+class Stub:
+    """A place where `-m torch.distributed.run` is `tests/stub/torchrun.py`, and speechctl is `tests/stub/speechctl.py`.
+
+    Everything between them, from the command line to the ranks, is the real thing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.packages = root / "stub"
+        self.run = Run(root / "runs" / "stub")
+        (self.packages / "torch" / "distributed").mkdir(parents=True)
+        for package in ("torch", "torch/distributed"):
+            (self.packages / package / "__init__.py").touch()
+        here = Path(__file__).parent / "stub"
+        shutil.copy(here / "torchrun.py", self.packages / "torch" / "distributed" / "run.py")
+        shutil.copy(here / "rank.py", self.packages / "rank.py")
+        self.recipe = root / "stub.yaml"
+        self.recipe.write_text(RECIPE)
+        self.env = {
+            **{k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "PYTHONPATH")},
+            "PYTHONPATH": f"{self.packages}:{here.parents[1]}",
+            "NO_COLOR": "1",
+            "COLUMNS": "100",
+        }
+        self.command = [sys.executable, str(here / "speechctl.py")]
+
+    def behave(self, *ranks: str, says: str = "", start_s: float = 0, patience_s: float = 5) -> None:
+        """What each rank does (`stub/rank.py`), and what torchrun says instead of starting any."""
+        value = {"ranks": ranks, "says": says, "start_s": start_s, "patience_s": patience_s}
+        (self.packages / "behaviour.json").write_text(json.dumps(value))
+
+    def plan(self, ranks: int = 2) -> Plan:
+        return plan.make(recipe_file.load(self.recipe), [Host("localhost", ranks)], FACTS)
+
+    def attempt(self, ranks: int = 2, stop_grace_s: float = 2) -> Attempt:
+        """A prepared attempt of a run of its own, ready for a node."""
+        for folder in (self.run.root, self.run.stop_request.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        made = self.plan(ranks)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", self.env["PYTHONPATH"])
+            return supervise.prepare_attempt(self.run, Launch(stop_grace=stop_grace_s), made, fresh=False)
+
+    @contextmanager
+    def start(self, *argv: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+        """A process under way; killed at the end if it is still there, which is a failure of the test."""
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.env, **options}
+        with subprocess.Popen(argv, cwd=self.root, text=True, **options) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+                for pid in self.pids():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+    def speechctl(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        options = {"env": self.env, "timeout": 60, **options}
+        command = [*self.command, *arguments]
+        return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False, **options)
+
+    def pids(self) -> set[int]:
+        """torchrun, every rank that ever came up and what those started, by their own records."""
+        others = [a.root / name for a in self.run.attempts() for name in ("torchrun.json", "child.json")]
+        records = [path for a in self.run.attempts() for path in a.ranks.glob("rank-*.json")]
+        return {json.loads(path.read_text())["pid"] for path in (*others, *records) if path.exists()}
+
+    def wait_for_ranks(self, count: int = 2) -> set[int]:
+        """Until all have started training; returns all processes below the node."""
+        wait_until(lambda: self.run.attempts() and len(list(self.run.attempts()[-1].ranks.glob("rank-*"))) == count)
+        wait_until(lambda: self.run.attempts()[-1].events.exists() or self.run.attempts()[-1].failure.exists())
+        return self.pids()
+
+
+def wait_until(what: Callable[[], Any], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def gone(pids: set[int], within_s: float) -> bool:
+    """Whether all of these processes end in time. A zombie that nobody reaped yet has ended."""
+    deadline = time.monotonic() + within_s
+    while any(_is_running(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Stub:
+    made = Stub(tmp_path)
+    made.behave("train", "train")
+    return made
+
+
+# Runs made by hand ----------------------------------------------------------------------------------------------------
+
+
+def made_run(root: Path, state: str) -> Run:
+    """A run directory as two attempts leave it: the first was interrupted at step 3 and had sealed step 2.
+
+    Args:
+        state: what the second came to: finished, stopped, failed, interrupted; or created: there was no attempt yet.
+    """
+    run = Run(root)
+    run.checkpoints.mkdir(parents=True)
+    run.stop_request.parent.mkdir()
+    run.resolved.write_text(RECIPE)
+    rundir.write_json(run.plan, {"name": "stub", "max_steps": 6})
+    if state == "created":
+        return run
+    last = 6 if state == "finished" else 4
+    for number, (first, to) in enumerate([(0, 3), (2, last)], start=1):
+        attempt = run.new_attempt()
+        rundir.append_line(attempt.events, {"event": "started", "step": first, "time": 100.0 * number})
+        for step in range(first + 1, to + 1):
+            values = {"step": step, "loss": 3 / step, "audio_s": 36.0, "step_s": 0.5, "attempt": number}
+            rundir.append_line(attempt.metrics, values)
+    run.evaluations.mkdir()
+    # Of the evaluations of the first attempt, the one at step 3 was rolled back, and the run has not come by again.
+    for number, step, errors in [(1, 2, 30), (1, 3, 28), (2, 4, 20), (2, 6, 15)]:
+        if step > last:
+            continue
+        scores = {"substitutions": errors - 6, "insertions": 2, "deletions": 4, "words": 40, "utterances": 5}
+        more = {"step": step, "attempt": number, "wer": errors / 40, "loss": 3 / step}
+        rundir.write_json(run.evaluation(step), {**more, **scores})
+        rows = [{"utt_id": f"84-1-{i:04d}", "ref": f"SENTENCE {i}", "hyp": f"SENTENS {i}"} for i in range(5)]
+        rundir.write_jsonl(run.hypotheses(step), rows)
+    for step in range(2, last + 1, 2):
+        run.checkpoint(step).mkdir()
+        rundir.write_json(run.checkpoint(step) / rundir.MANIFEST, {})
+    rundir.write_json(run.best, {"step": last, "wer": 15 / 40 if last == 6 else 20 / 40})
+    if state in ("finished", "stopped"):
+        rundir.write_json(attempt.exit, {"code": 0 if state == "finished" else 75, "step": last, "sealed_step": last})
+    if state == "failed":
+        failure = {"code": 1, "rank": 1, "message": "rank 1: ValueError: boom", "evidence": str(attempt.rank_log(1))}
+        rundir.write_json(attempt.failure, {**failure, "hint": "read the log"})
+    return run

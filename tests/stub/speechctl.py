@@ -1,0 +1,34 @@
+"""`speechctl` as it is, but for the facts of the model, which it does not ask the worker for: they are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launcher import cli, hosts
+from launcher import plan as plans
+from launcher.plan import Plan
+from launcher.recipe import Recipe
+
+FACTS = {
+    "parameters": 1000,
+    "trained_parameters": 1000,
+    "utterances": 12,
+    "left_out": {},
+    "audio_s": 36.0,
+    "accumulation": 1,
+    "steps_per_epoch": 4,
+    "padding": 0.0,
+    "straggler": 1.0,
+    "evaluation_utterances": 5,
+    "packs": "0" * 32,
+}
+
+
+def made_up(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
+    return plans.make(value, hosts.local(value.launch.processes, 0), FACTS), FACTS
+
+
+if __name__ == "__main__":
+    cli._plan = made_up
+    cli.main()

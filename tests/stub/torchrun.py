@@ -1,0 +1,74 @@
+"""Stands in for torchrun: copied to `torch/distributed/run.py` on PYTHONPATH, `-m torch.distributed.run` is this file.
+
+Like the real one it gives each rank a session of its own, ends the others by SIGTERM when one fails, prints the same
+summary, and exits 0 only when all did. How the ranks behave is in `behaviour.json` beside the fake `torch`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STUB = Path(__file__).parents[2]
+MONITOR_S = 0.1
+
+
+def main(argv: list[str]) -> int:
+    behaviour = json.loads((STUB / "behaviour.json").read_text())
+    attempt = Path(argv[argv.index("train") + 1])
+    record = {"argv": sys.orig_argv, "variables": dict(os.environ), "cwd": os.getcwd(), "pid": os.getpid()}
+    (attempt / ".torchrun.json").write_text(json.dumps(record))
+    (attempt / ".torchrun.json").rename(attempt / "torchrun.json")
+    time.sleep(behaviour["start_s"])
+    if behaviour["says"]:
+        print(behaviour["says"], file=sys.stderr)
+        return 1
+    world = int(next(a for a in argv if a.startswith("--nproc-per-node=")).partition("=")[2])
+    ranks = [start(k, world, behaviour["ranks"][k], attempt) for k in range(world)]
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if all(code == 0 for code in codes):
+            return 0
+        failed = [k for k, code in enumerate(codes) if code]
+        if failed:
+            break
+        time.sleep(MONITOR_S)
+    for rank in ranks:
+        rank.terminate()
+    deadline = time.monotonic() + behaviour["patience_s"]
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+        time.sleep(0.02)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    others = [k for k in range(world) if k not in failed[:1] and ranks[k].returncode]
+    print("E0101 00:00:00.000 1 torch/distributed/elastic/multiprocessing/api.py:1002] failed", file=sys.stderr)
+    print("launcher.worker FAILED\nFailures:", file=sys.stderr)
+    for number, k in enumerate(others, start=1):
+        print(fate(number, k, ranks[k]), file=sys.stderr)
+    print(f"Root Cause (first observed failure):\n{fate(0, failed[0], ranks[failed[0]])}", file=sys.stderr)
+    return 1
+
+
+def start(rank: int, world: int, behaviour: str, attempt: Path) -> subprocess.Popen[bytes]:
+    what = ["-m", "no_such_worker"] if behaviour == "no import" else [str(STUB / "rank.py"), str(attempt)]
+    env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "STUB_BEHAVIOUR": behaviour}
+    return subprocess.Popen([sys.executable, *what], env=env, start_new_session=True)
+
+
+def fate(number: int, rank: int, process: subprocess.Popen[bytes]) -> str:
+    code = process.returncode
+    name = f" ({signal.Signals(-code).name})" if code < 0 else ""
+    return (
+        f"[{number}]:\n  time      : 2026-01-01_00:00:00\n  host      : localhost\n"
+        f"  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: {process.pid}) {name}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,185 @@
+"""On a node: torchrun is started as planned, and whatever happens to whom, no rank stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import rundir
+from launcher.errors import HostError
+from launcher.node import Node, torchrun_argv
+from launcher.rundir import Attempt
+from tests.conftest import Stub, gone, wait_until
+
+
+def test_torchrun_is_told_everything_by_arguments_that_hold_no_value_of_the_recipe() -> None:
+    hosts = [{"name": "a", "slots": 4}, {"name": "b", "slots": 3}]
+    meeting = {"address": "10.0.0.1", "port": 29500, "id": "0f"}
+    assert torchrun_argv("/usr/bin/python3", hosts, 1, meeting, Path("/runs/x/attempts/0003")) == [
+        "/usr/bin/python3",
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--node-rank=1",
+        "--nproc-per-node=3",
+        "--rdzv-backend=static",
+        "--rdzv-id=0f",
+        "--master-addr=10.0.0.1",
+        "--master-port=29500",
+        "--max-restarts=0",
+        "-m",
+        "launcher.worker",
+        "train",
+        "/runs/x/attempts/0003",
+    ]
+
+
+@contextmanager
+def node(stub: Stub, attempt: Attempt, ranks: int = 2, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """`launcher.node` under way, its ranks training."""
+    command = (sys.executable, "-m", "launcher.node", str(attempt.root), "0")
+    with stub.start(*command, stdin=subprocess.PIPE, **options) as process:
+        if ranks:
+            stub.wait_for_ranks(ranks)
+        yield process
+
+
+def let_go(process: subprocess.Popen[str]) -> None:
+    """What the node sees of a launcher that is gone."""
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+
+
+def test_torchrun_gets_the_variables_of_the_attempt_and_no_others(stub: Stub) -> None:
+    stub.behave("train 1", "train 1")
+    attempt = stub.attempt()
+    with node(stub, attempt, ranks=0, env={**stub.env, "AWS_SECRET": "hush"}) as process:
+        assert process.wait(20) == 0
+    seen = rundir.read_json(attempt.root / "torchrun.json")
+    meeting = rundir.read_json(attempt.rendezvous)
+    hosts = rundir.read_json(attempt.hosts)
+    assert seen["argv"] == torchrun_argv(sys.executable, hosts, 0, meeting, attempt.root)
+    assert seen["cwd"] == str(attempt.root)
+    assert seen["variables"] == {**rundir.read_json(attempt.env)["variables"], **lc_ctype(seen["variables"])}
+    assert attempt.rendezvous.stat().st_mode & 0o777 == 0o600
+    record = rundir.read_json(attempt.node(0))
+    assert (record["returncode"], record["asked"], record["killed"]) == (0, None, None)
+
+
+def lc_ctype(variables: dict[str, str]) -> dict[str, str]:
+    """Python sets it by itself where the locale is C."""
+    return {"LC_CTYPE": variables["LC_CTYPE"]} if "LC_CTYPE" in variables else {}
+
+
+def test_ranks_seal_and_end_when_the_launcher_is_gone(stub: Stub) -> None:
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        pids = stub.pids()
+        assert len(pids) == 3 and len({os.getsid(pid) for pid in pids}) == 3, "each has a session of its own"
+        let_go(process)
+        assert gone(pids, within_s=5)
+        assert process.wait(5) == 0
+    assert rundir.read_json(attempt.exit)["code"] == 75
+    record = rundir.read_json(attempt.node(0))
+    assert (record["asked"], record["killed"]) == ("the launcher went away", None)
+
+
+def test_a_rank_that_torchrun_starts_after_the_launcher_is_gone_is_ended_too(stub: Stub) -> None:
+    """torchrun takes seconds to import torch; ranks that came up after the signal used to train through the grace."""
+    stub.behave("train", "train", start_s=1)
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt, ranks=0) as process:
+        wait_until((attempt.root / "torchrun.json").exists)
+        let_go(process)
+        process.wait(10)
+    assert gone(stub.pids(), within_s=0)
+
+
+def test_ranks_that_do_not_end_are_killed_when_the_grace_is_over(stub: Stub) -> None:
+    stub.behave("deaf", "deaf")
+    attempt = stub.attempt(stop_grace_s=0.7)
+    with node(stub, attempt) as process:
+        pids, began = stub.pids(), time.monotonic()
+        let_go(process)
+        assert gone(pids, within_s=5)
+        assert time.monotonic() - began > 0.7, "they were to have this time"
+        assert process.wait(5) == 1
+    assert rundir.read_json(attempt.node(0))["killed"] == (
+        "the launcher went away, and launch.stop_grace, 0.7 s, was over"
+    )
+
+
+def test_a_request_to_stop_has_the_same_grace(stub: Stub) -> None:
+    stub.behave("deaf", "train")
+    attempt = stub.attempt(stop_grace_s=0.5)
+    with node(stub, attempt) as process:
+        attempt.run.stop_request.write_text("{}")
+        assert process.wait(10) == 1
+        assert gone(stub.pids(), within_s=1)
+    assert rundir.read_json(attempt.node(0))["killed"].startswith("a stop was asked for")
+
+
+def test_sigterm_ends_the_ranks_at_once(stub: Stub) -> None:
+    stub.behave("deaf", "train")
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        process.terminate()
+        assert gone(stub.pids(), within_s=3)
+        assert process.wait(3) == 1
+    assert rundir.read_json(attempt.node(0))["killed"] == "the launcher was told to end at once"
+    assert not attempt.exit.exists()
+
+
+@pytest.mark.parametrize("victim", ["node", "torchrun"])
+def test_ranks_end_with_their_parents_whatever_kills_those(stub: Stub, victim: str) -> None:
+    stub.behave("deaf", "deaf")
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        pids = stub.pids()
+        torchrun = rundir.read_json(attempt.root / "torchrun.json")["pid"]
+        os.kill(process.pid if victim == "node" else torchrun, signal.SIGKILL)
+        assert gone(pids, within_s=5)
+        assert process.wait(5) == (-9 if victim == "node" else 1)
+
+
+def test_what_a_rank_started_ends_with_the_ranks(stub: Stub) -> None:
+    stub.behave("child 20", "train 20")
+    attempt = stub.attempt()
+    with node(stub, attempt) as process:
+        child = rundir.read_json(attempt.root / "child.json")["pid"]
+        assert not gone({child}, within_s=0)
+        assert process.wait(10) == 0
+        assert gone({child}, within_s=1)
+
+
+def test_a_person_can_start_a_node_by_hand_from_anywhere(stub: Stub, tmp_path: Path) -> None:
+    """Also from a directory that has a `launcher` or a `torch` of its own."""
+    stub.behave("train 1", "train 1")
+    attempt = stub.attempt()
+    for name in ("launcher", "torch", "psutil"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not me')")
+    with stub.start("bash", str(attempt.node_script), "0", stdin=subprocess.PIPE) as process:
+        assert process.wait(20) == 0, process.communicate()[1]
+    assert rundir.read_json(attempt.exit)["code"] == 0
+
+
+def test_another_node_waits_for_the_head_node_and_says_what_it_waited_for(stub: Stub) -> None:
+    attempt = stub.attempt()
+    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "rendezvous_timeout_s": 0.3})
+    with pytest.raises(HostError, match=r"node 1 found no .*rendezvous\.json"):
+        Node(attempt, 1).meet()
+    meeting = Node(attempt, 0).meet()
+    assert Node(attempt, 1).meet() == meeting
+    assert 1024 <= meeting["port"] < 65536 and meeting["address"] == "127.0.0.1"
+    assert json.loads(attempt.rendezvous.read_text()) == meeting

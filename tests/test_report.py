@@ -1,0 +1,139 @@
+"""What the files of a run come to, and how it looks: whole, plain and narrow enough to read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import report, rundir
+from launcher.errors import NotFoundError
+from launcher.rundir import Run, RunLock
+from launcher.ui import counted, purple, size
+from tests.conftest import made_run
+
+
+@pytest.mark.parametrize("state", ["created", "finished", "stopped", "failed", "interrupted"])
+def test_the_state_is_what_the_newest_attempt_came_to(tmp_path: Path, state: str) -> None:
+    assert report.read(made_run(tmp_path / "run", state)).state == state
+
+
+def test_steps_that_were_rolled_back_do_not_count(tmp_path: Path) -> None:
+    value = report.read(made_run(tmp_path / "run", "finished"))
+    assert [(m["step"], m["attempt"]) for m in value.metrics] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2)]
+    assert (value.audio_s, value.training_s) == (216.0, 3.0)
+    assert [(e["step"], e["attempt"]) for e in value.evaluations] == [(2, 1), (4, 2), (6, 2)]
+    assert (value.step, value.max_steps, value.attempts) == (6, 6, 2)
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_offered(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", "finished")
+    assert report.read(run).best == {"step": 6, "wer": 0.375}
+    (run.checkpoint(6) / rundir.MANIFEST).unlink()
+    assert report.read(run).best is None
+
+
+def test_a_held_run_is_running_unless_we_hold_it(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", "failed")
+    with RunLock(run, "speechctl resume"):
+        assert report.read(run).state == "failed", "the launcher itself says how its run ended"
+        code = (
+            "import sys; from launcher import report, rundir; v = report.read(rundir.Run(sys.argv[1])); print(v.state)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(run.root)], capture_output=True, text=True, check=True)
+        assert done.stdout == "running\n"
+
+
+def test_a_directory_without_a_recipe_is_no_run(tmp_path: Path) -> None:
+    for root in (tmp_path, tmp_path / "none"):
+        with pytest.raises(NotFoundError, match=r"is not a run: it has no resolved\.yaml"):
+            report.read(Run(root))
+
+
+def test_samples_are_spread_over_the_evaluation(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", "finished")
+    assert [row["ref"] for row in report.samples(run, 6, 2)] == ["SENTENCE 0", "SENTENCE 2"]
+    assert len(report.samples(run, 6, 10)) == 5
+    assert report.samples(run, 5, 2) == []
+
+
+# How it looks ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_shade_brightens_from_the_first_wer_to_the_best() -> None:
+    assert purple(0.9, first=0.9, best=0.1) == "rgb(88,48,128)"
+    assert purple(0.1, first=0.9, best=0.1) == "rgb(216,160,255)"
+    assert purple(0.5, first=0.9, best=0.1) == "rgb(152,104,192)"
+    assert purple(1.5, first=0.9, best=0.1) == "rgb(88,48,128)"
+    assert purple(float("nan"), first=0.9, best=0.1) == purple(0.3, first=0.3, best=0.3) == "rgb(216,160,255)"
+
+
+def test_quantities_carry_their_unit() -> None:
+    assert [size(n) for n in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**42)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "5.0 MiB",
+        "3.0 GiB",
+        "4.0 TiB",
+    ]
+    assert (counted(1, "rank"), counted(2, "rank"), counted(0, "step")) == ("1 rank", "2 ranks", "0 steps")
+
+
+SHOW = """
+import sys
+from launcher import ui
+ui.say("progress " + "x" * 300, style="bold red")
+ui.error("error: " + "y" * 300 + "\\x1b[31m\\n\\nhint: z")
+ui.answer("answer [bold]" + "w" * 300 + "   ", style="bold")
+ui.curve([{"step": 1, "wer": 0.0, "substitutions": 0, "insertions": 0, "deletions": 0, "words": 9, "loss": 1.0}])
+"""
+
+
+def show(**env: str) -> tuple[str, str]:
+    plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM")}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW], env={**plain, **env}, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
+    return done.stdout, done.stderr
+
+
+def test_in_a_pipe_there_are_lines_and_nothing_else() -> None:
+    for env in ({"COLUMNS": "80"}, {"COLUMNS": "80", "TERM": "xterm-256color"}):
+        stdout, stderr = show(**env)
+        assert stderr == "progress " + "x" * 300 + "\nerror: " + "y" * 300 + "\\x1b[31m\n\nhint: z\n"
+        assert stdout.splitlines()[0] == "answer [bold]" + "w" * 300
+        assert not [line for line in stdout.splitlines() if line != line.rstrip()]
+        assert "\x1b" not in stdout
+
+
+def test_colour_only_where_it_is_wanted() -> None:
+    """On a terminal; and there NO_COLOR leaves nothing but the text."""
+    coloured, plain = (in_a_terminal(**env) for env in ({}, {"NO_COLOR": "1"}))
+    assert "\x1b[1;31merror: " in coloured or "\x1b[31;1merror: " in coloured
+    assert "\x1b" not in plain
+    assert "error: yyy" in plain
+
+
+def in_a_terminal(**env: str) -> str:
+    """What `SHOW` writes when stdout and stderr are a terminal."""
+    main, other = os.openpty()
+    inherited = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
+    variables = {**inherited, "TERM": "xterm-256color", **env}
+    with subprocess.Popen([sys.executable, "-c", SHOW], env=variables, stdout=other, stderr=other) as process:
+        os.close(other)
+        pieces = []
+        while True:
+            try:
+                piece = os.read(main, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            pieces.append(piece)
+        assert process.wait(20) == 0
+    os.close(main)
+    return b"".join(pieces).decode()
