@@ -1,0 +1,80 @@
+"""The demo and the debug way on one GPU. Everything else that runs on a GPU is the same code as on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.rundir import Run, read_json, read_lines
+from tests.worker.runs import kill_rank, speechctl, started, wait_for
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+pytestmark = [pytest.mark.gpu, pytest.mark.ranks]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU that this torch can use")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    done = speechctl("pack", str(RECIPES / "demo.yaml"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "precision"), [("2", "fp32"), ("2", "bf16"), ("3", "bf16"), ("off", "bf16")])
+def test_the_demo_learns_on_one_gpu(packed: Path, stage: str, precision: str) -> None:
+    run = Run(packed / f"demo-{stage}-{precision}")
+    sets = [
+        "launch.device=auto",
+        "launch.processes=1",
+        f"zero_stage={stage}",
+        f"precision={precision}",
+        f"run_dir={run.root}",
+    ]
+    options = [x for s in sets for x in ("--set", s)]
+    done = speechctl("launch", str(RECIPES / "demo.yaml"), *options, cwd=packed)
+    assert done.returncode == 0, done.stderr
+    assert read_json(run.evaluation(400))["wer"] <= 0.3
+    assert len(read_lines(run.attempts()[0].metrics)) == 400
+
+
+def test_debug_runs_on_one_gpu(packed: Path) -> None:
+    done = speechctl("launch", "--debug", str(RECIPES / "debug.yaml"), cwd=packed)
+    assert done.returncode == 0, done.stderr
+
+
+def test_killed_and_resumed_on_one_gpu(packed: Path) -> None:
+    """As on a CPU, but to a tolerance: CUDA adds up the gradient of CTC in no fixed order."""
+    sets = [
+        "launch.device=auto",
+        "launch.processes=1",
+        "max_steps=200",
+        "checkpoint.every_steps=10",
+        "evaluate.every_steps=200",
+    ]
+    options = [x for s in sets for x in ("--set", s)]
+    launch = ["launch", str(RECIPES / "demo.yaml"), *options, "--set"]
+    done = speechctl(*launch, "run_dir=whole", cwd=packed)
+    assert done.returncode == 0, done.stderr
+    run = Run(packed / "cut")
+    with started(*launch, "run_dir=cut", cwd=packed) as process:
+        wait_for(lambda: run.exists() and 20 in run.sealed_steps(), process)
+        kill_rank(run.attempts()[0], 0)
+        assert process.wait(60) == 76
+    done = speechctl("resume", "cut", cwd=packed)
+    assert done.returncode == 0, done.stderr
+    after = {m["step"]: m["loss"] for m in read_lines(run.attempts()[1].metrics)}
+    before = {m["step"]: m["loss"] for m in read_lines(Run(packed / "whole").attempts()[0].metrics)}
+    first = min(after)
+    assert first > 20
+    assert after[first] == pytest.approx(before[first], rel=1e-3)
+    assert max(after) == 200
