@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from launcher import rundir
-from launcher.errors import DataError, StorageError, UsageError
+from launcher.errors import DataError, InfrastructureError, StorageError, UsageError
 from launcher.rundir import Attempt, Run
 from launcher.worker.engine import Engine
 from launcher.worker.ranks import Ranks
@@ -116,6 +116,7 @@ class Checkpoints:
 
         Raises:
             StorageError: on all ranks, when this was the third failure in a row.
+            InfrastructureError: on all ranks, when a newer attempt has taken over the run.
         """
         error = self._stage() or self._commit(progress)
         if error is None:
@@ -141,6 +142,7 @@ class Checkpoints:
                     self.staging.mkdir()
             except StorageError as problem:
                 error = problem.message
+        self._refuse_if_superseded()
         if error := self.ranks.gather(error)[0]:
             return error
         self.mine: dict[str, Any] = {}
@@ -154,6 +156,22 @@ class Checkpoints:
         except Exception as problem:  # whatever it was, the other ranks must hear of it at the vote
             error = f"rank {self.ranks.rank}: {problem}"
         return next((e for e in self.ranks.gather(error) if e), None)
+
+    def _refuse_if_superseded(self) -> None:
+        """End this attempt when a newer one exists.
+
+        Asked after the staging directory was made: the newer attempt makes its own directory first and fences after
+        that, so either it is seen here, or its fence still finds what was staged.
+        """
+        newest = self.run.attempts()[-1].number if self.ranks.rank == 0 else 0
+        newest = self.ranks.gather(newest)[0]
+        if newest > self.attempt.number:
+            if self.ranks.rank == 0:
+                shutil.rmtree(self.staging, ignore_errors=True)
+            raise InfrastructureError(
+                f"attempt {self.attempt.number} is an orphan: attempt {newest} has taken over {self.run.root}",
+                hint=f"`speechctl status {self.run.root}` shows the one that counts",
+            )
 
     def _commit(self, progress: Progress) -> str | None:
         shares = self.ranks.gather(self.mine)

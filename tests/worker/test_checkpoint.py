@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from launcher import rundir
-from launcher.errors import DataError, StorageError, UsageError
+from launcher.errors import DataError, InfrastructureError, StorageError, UsageError
 from launcher.rundir import Attempt, Run
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress, rng_state, set_rng_state
 from launcher.worker.data import Tensors
@@ -158,6 +158,18 @@ def test_a_new_attempt_fences_the_old_one(attempt: Attempt) -> None:
     assert not list(attempt.run.checkpoints.iterdir())
     assert orphan._commit(Progress(step=7)) is not None
     assert attempt.run.sealed_steps() == []
+
+
+def test_an_orphan_cannot_seal_once_a_newer_attempt_exists(attempt: Attempt) -> None:
+    """The launcher is killed and `resume` typed while its ranks finish a long step: their save comes after the fence.
+
+    It was sealed under a step that the new attempt had yet to reach, whose own seal of that step then failed.
+    """
+    orphan = checkpoints(attempt)
+    checkpoints(attempt.run.new_attempt()).fence()
+    with pytest.raises(InfrastructureError, match="attempt 2 has taken over"):
+        orphan.save(Progress(step=7))
+    assert not list(attempt.run.checkpoints.iterdir())
 
 
 def test_retention_keeps_the_last_two_and_the_best_and_counts_only_whole_ones(attempt: Attempt) -> None:
