@@ -15,11 +15,12 @@ from launcher import recipe_file, rundir
 from launcher.errors import DataError, ExitCode, SpeechctlError
 from launcher.recipe import Recipe, TriStage
 from launcher.rundir import Attempt
-from launcher.worker.backbone import SpeechModel, build
+from launcher.worker.backbone import SpeechModel
 from launcher.worker.checkpoint import Checkpoints, Identity
 from launcher.worker.data import SAMPLE_RATE_HZ, Tensors, Utterances, ahead
 from launcher.worker.engine import AccelerateEngine, Engine
 from launcher.worker.evaluate import Evaluator, Moment, is_due
+from launcher.worker.models import build
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import MicroBatch, Sampler, Step, accumulation, digest, utterances_in
 

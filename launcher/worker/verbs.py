@@ -54,7 +54,7 @@ def pack(options: argparse.Namespace) -> int:
 
 def facts(options: argparse.Namespace) -> int:
     """What the plan needs and only torch or the packs can tell. No weights are loaded."""
-    from launcher.worker.backbone import skeleton
+    from launcher.worker.models import skeleton
     from launcher.worker.sampler import Cursor, Sampler, accumulation
     from launcher.worker.train import TrainingSet
 
@@ -123,8 +123,8 @@ def restored(run: Run, recipe: Recipe, step: int) -> Any:
     Raises:
         DataError: the checkpoint does not verify, or holds other weights than the model has.
     """
-    from launcher.worker.backbone import build
     from launcher.worker.checkpoint import weights_of
+    from launcher.worker.models import build
 
     model = build(recipe.backbone, seed=recipe.seed)
     folder = run.checkpoint(step)
@@ -144,7 +144,7 @@ def restored(run: Run, recipe: Recipe, step: int) -> Any:
 
 def export(options: argparse.Namespace) -> int:
     """One checkpoint as a directory that other programs can load; sealed or absent."""
-    from launcher.worker.backbone import write_export
+    from launcher.worker.models import write_export
 
     run = Run(options.run)
     recipe = recipe_file.load(run.resolved)
@@ -172,8 +172,8 @@ def transcribe(options: argparse.Namespace) -> int:
     import soundfile
     import torch
 
-    from launcher.worker.backbone import load_export
     from launcher.worker.data import SAMPLE_RATE_HZ
+    from launcher.worker.models import load_export
 
     for path in options.files:
         if not path.is_file():

@@ -27,8 +27,9 @@ from launcher.errors import DataError, NotFoundError, SpeechctlError, UsageError
 from launcher.rundir import Attempt, Run, read_json, read_lines
 from launcher.worker import __main__ as worker
 from launcher.worker import vocabulary
-from launcher.worker.backbone import SpeechModel, build, load_export, skeleton, write_export
+from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Waveform
+from launcher.worker.models import build, load_export, skeleton, write_export
 from launcher.worker.pack import write_pack
 from launcher.worker.sampler import accumulation
 from tests.worker.backbones import make_wav2vec2, make_whisper, wav2vec2, whisper
