@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 UV := $(VENV)/bin/uv
 # uv does not read pip's configuration: hand it the machine's own directories of wheels, where it has any.
-export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+export UV_FIND_LINKS ?= $(shell ( echo "$$PIP_FIND_LINKS"; $(PYTHON) -m pip config get global.find-links;\
+  $(PYTHON) -m pip config get install.find-links ) 2>/dev/null | tr -s " \n" "," | sed "s/^,//; s/,$$//")
 # PyTorch's CPU build on a machine without a GPU saves gigabytes: UV_TORCH_BACKEND=cpu make demo
 
 .PHONY: setup demo test lint pip-set clean
@@ -21,6 +22,7 @@ demo: setup
 	$(VENV)/bin/speechctl pack recipes/demo.yaml
 	@if [ -e runs/demo ]; then $(VENV)/bin/speechctl resume runs/demo; \
 	else $(VENV)/bin/speechctl launch recipes/demo.yaml; fi
+	@echo "  (after: . $(VENV)/bin/activate)"
 
 lint: setup
 	$(VENV)/bin/ruff check launcher tests

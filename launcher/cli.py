@@ -227,9 +227,10 @@ def resume(
     from launcher.rundir import Run, RunLock
 
     where = Run(run)
-    state = report.read(where)
+    report.read(where)  # refuses what is no run before anything is written there
     with RunLock(where, " ".join(sys.argv)):
-        if state.state == "finished" and not fresh:
+        state = report.read(where)
+        if state.state == "finished" and state.max_steps in state.sealed and not fresh:
             ui.say(f"{where.root} is finished")
             _show(where)
             return
@@ -342,7 +343,13 @@ def transcribe(
     as_json: AsJson = False,
 ) -> None:
     """Print what a model hears in sound files."""
-    print(_worker("transcribe", str(model), *map(str, files), *["--json"] * as_json, parse=False), end="")
+    from launcher import ui
+    from launcher.errors import printable
+
+    said = _worker("transcribe", "--", str(model), *map(str, files), parse=False).splitlines()
+    for line in (text for text in said if text.startswith("{")):  # libraries may say something too
+        row = json.loads(line)
+        ui.answer(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
 
 
 # What the commands share ---------------------------------------------------------------------------------------------
@@ -441,7 +448,7 @@ def _which(run: Run, checkpoint: str) -> int:
     from launcher.errors import NotFoundError
 
     value = report.read(run)
-    best = value.best["step"] if value.best else (value.sealed[-1] if value.sealed else None)
+    best = value.best["step"] if value.best else None
     named = {"best": best, "last": value.sealed[-1] if value.sealed else None}
     step = named.get(checkpoint, int(checkpoint) if checkpoint.isdigit() else None)
     if step is None or step not in value.sealed:

@@ -15,7 +15,8 @@ from launcher.recipe import Recipe
 
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHONPATH|LD_LIBRARY_PATH|XDG_\w+|CUDA_\w+|NCCL_\w+"
-    r"|GLOO_\w+|TORCH_\w+|HF_\w+|TRANSFORMERS_\w+|SSL_CERT_\w+|OMP_\w+|MKL_\w+|DS_\w+|PYTHONDEVMODE|COVERAGE_\w+"
+    r"|GLOO_\w+|TORCH_\w+|PYTORCH_\w+|CUBLAS_\w+|CUDNN_\w+|HF_\w+|TRANSFORMERS_\w+|OMP_\w+|MKL_\w+|DS_\w+"
+    r"|(?i:https?|all|no)_(?i:proxy)|SSL_CERT_\w+|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|LD_PRELOAD|PYTHONDEVMODE|COVERAGE_\w+"
 )
 """Environment variables that ranks inherit; no other crosses."""
 
@@ -39,7 +40,8 @@ def base_variables(processes: int, device: str = "auto") -> dict[str, str]:
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
     }
-    if not gpu_count(device):
+    gpus = gpu_count(device)
+    if not gpus:
         # glibc gives freed tensors back to the kernel and asks for them again at every step: measured 221 ms against
         # 148 ms for the same bare loop on a CPU.
         variables |= {
@@ -48,7 +50,8 @@ def base_variables(processes: int, device: str = "auto") -> dict[str, str]:
             "MALLOC_MMAP_THRESHOLD_": "1000000000",
         }
     variables = {name: os.environ.get(name, value) for name, value in variables.items()}
-    return variables | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    # Ranks check that torch sees what was counted here, and see no GPU that was not counted.
+    return variables | {"SPEECHCTL_GPUS": str(gpus)} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def rank_variables(backend: str, processes: int, device: str) -> dict[str, str]:

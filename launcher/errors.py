@@ -58,6 +58,12 @@ class UsageError(SpeechctlError):
     exit_code = ExitCode.USAGE
 
 
+class TrainingError(SpeechctlError):
+    """Training cannot go on as the recipe has it."""
+
+    exit_code = ExitCode.TRAINING_RAISED
+
+
 class HostError(SpeechctlError):
     exit_code = ExitCode.HOST
 

@@ -84,7 +84,7 @@ def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Pla
         state_bytes_per_rank=state,
         checkpoint_bytes=saved,
         commands=[["bash", node, str(k)] for k in range(len(hosts))],
-        deepspeed=None if recipe.zero_stage == "off" else deepspeed_config(recipe, accumulation),
+        deepspeed=None if recipe.zero_stage == "off" else deepspeed_config(recipe, accumulation, trained),
     )
 
 
@@ -108,15 +108,22 @@ def state_bytes(recipe: Recipe, weights: int, trained: int, world_size: int) -> 
     return int(per_rank), int(saved)
 
 
-def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, accumulation: int, trained: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given. The optimizer is ours, and so is the learning rate."""
+    # DeepSpeed allocates the whole bucket, 5e8 elements unless told otherwise, for the smallest of models.
+    zero = {"stage": recipe.zero_stage, "reduce_bucket_size": max(1, min(5 * 10**8, trained))}
+    mixed = recipe.precision == "bf16"
+    # Without this, micro-batches are added up in bf16, and one GPU loses bits that eight keep. Stages 0 and 1 would
+    # get another optimizer by it.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if mixed and recipe.zero_stage in (2, 3) else {}
     return {
         # Batches are cut by seconds, not by count: the sampler feeds them, DeepSpeed only counts micro-batches.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optimizer.grad_clip,
-        "zero_optimization": {"stage": recipe.zero_stage},
-        "bf16": {"enabled": recipe.precision == "bf16"},
+        "zero_optimization": zero,
+        "bf16": {"enabled": mixed},
+        **sums,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

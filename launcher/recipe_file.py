@@ -220,7 +220,7 @@ def _near(word: str, words: Iterable[str]) -> str:
 
 
 def _read(path: Path) -> str:
-    check = "give the path of a recipe, such as recipes/tiny-cpu.yaml"
+    check = "give the path of a recipe, such as recipes/demo.yaml"
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)

@@ -26,6 +26,12 @@ from launcher.recipe import Launch
 from launcher.rundir import Attempt, Run
 from tests.stub.speechctl import FACTS
 
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+"""As the user set it, for tests/gpu."""
+
+# Every other test is about two ranks and exact numbers: on a machine with GPUs too it runs on the CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 CHAPTERS = {
     "dev-clean": {(84, 121): 3, (174, 50): 2},
     "train-clean-100": {(19, 198): 4, (19, 227): 3, (26, 495): 3, (103, 1240): 2},

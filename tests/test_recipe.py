@@ -242,7 +242,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("tiny-gpu.yaml", "tiny-gpu.yaml: there is no such file", "did you mean tiny-cpu.yaml?"),
         ("zzz", "zzz: there is no such file", ". has tiny-cpu.yaml"),
         ("no/such/x.yaml", "no/such/x.yaml: there is no such file", "there is no recipe in no/such"),
-        (".", ".: cannot be read: Is a directory", "give the path of a recipe, such as recipes/tiny-cpu.yaml"),
+        (".", ".: cannot be read: Is a directory", "give the path of a recipe, such as recipes/demo.yaml"),
     ]:
         with pytest.raises(RecipeError) as caught:
             load(Path(path))

@@ -45,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     transcribe = verbs.add_parser("transcribe")
     transcribe.add_argument("model", type=Path)
     transcribe.add_argument("files", type=Path, nargs="+")
-    transcribe.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.verb == "train":
         return train_rank(rundir.Attempt(options.attempt), options.fresh, options.debug)
@@ -87,16 +86,18 @@ def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:
         return 0  # torchrun knows only 0 and not 0: the true code is in exit.json
     except BaseException as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
-        record_failure(attempt, rank, error)
-        if debug and sys.stdin.isatty():
-            import pdb
-
-            pdb.post_mortem(error.__traceback__)
         if debug:
+            record_failure(attempt, rank, error)
+            if sys.stdin.isatty():
+                import pdb
+
+                pdb.post_mortem(error.__traceback__)
             return int(failure_code(error))
-        sys.stdout.flush()
-        # Not by way of atexit and destructors: a process group whose peers are gone can hang there.
-        os._exit(1)
+        try:
+            record_failure(attempt, rank, error)
+        finally:
+            # Not by way of atexit and destructors: a process group whose peers are gone can hang there.
+            os._exit(1)
 
 
 def end_with_parent() -> None:

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from launcher import recipe as schema
 from launcher.errors import DataError, UsageError
 from launcher.worker import shims, vocabulary
-from launcher.worker.data import SAMPLE_RATE_HZ, Tensors, Waveform, pad
+from launcher.worker.data import Tensors, Waveform, pad
+from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.tiny_ctc import TinyCtc
 
 IntArray = npt.NDArray[np.int64]

@@ -67,6 +67,7 @@ class Identity:
     precision: str
     backbone: str
     packs: str
+    order: str
 
     def refuse(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raise UsageError where `manifest` is of a run of another shape."""
@@ -76,6 +77,7 @@ class Identity:
             "precision": "resume in the precision it was trained in",
             "backbone": "the model changed; start a new run for another model",
             "packs": "the packs changed; start a new run on other data",
+            "order": "the seed, batch.step_seconds or the limits of data changed; start a new run for other values",
         }
         for name, hint in hints.items():
             mine, its = getattr(self, name), manifest["identity"][name]
@@ -95,6 +97,8 @@ class Checkpoints:
         self.keep_last = keep_last
         self.staging = self.run.checkpoints / f".attempt-{attempt.number:04d}"
         self.failed_in_a_row = 0
+        self.whole: set[int] = set()
+        """Steps that this attempt sealed, or has read and verified."""
 
     def fence(self) -> None:
         """Take every unfinished checkpoint of an older attempt away: an orphan has nothing left to rename."""
@@ -121,6 +125,7 @@ class Checkpoints:
         error = self._stage() or self._commit(progress)
         if error is None:
             self.failed_in_a_row = 0
+            self.whole.add(progress.step)
             return None
         self.failed_in_a_row += 1
         if self.ranks.rank == 0:
@@ -195,7 +200,7 @@ class Checkpoints:
         return self.ranks.gather(error)[0]
 
     def retain(self, progress: Progress) -> None:
-        """Rank 0 removes all but the newest `keep_last` and the best; what does not verify is not counted."""
+        """Rank 0 removes all but the newest `keep_last` and the best; one that does not verify is not counted."""
         if self.ranks.rank == 0:
             kept = 0
             for step in reversed(self.run.sealed_steps()):
@@ -203,19 +208,21 @@ class Checkpoints:
                 if kept >= self.keep_last:
                     if step != progress.best_step:
                         _remove(folder)
-                elif _sizes_agree(folder):
+                elif step in self.whole or _verifies(folder):
+                    self.whole.add(step)
                     kept += 1
 
     # Restoring -------------------------------------------------------------------------------------------------------
 
-    def restore(self, fresh: bool) -> tuple[Progress, list[str]]:
+    def restore(self, fresh: bool) -> tuple[Progress | None, list[str]]:
         """Bring engine and RNG to the newest checkpoint that verifies on all ranks.
 
         Returns:
-            where training stands (step 0 where nothing was ever sealed), and what had to be put aside on the way.
+            where training stands (None where nothing was ever sealed), and what had to be put aside on the way.
 
         Raises:
             DataError: this run has sealed checkpoints before and none of them verifies now (unless `fresh`).
+            StorageError: one cannot be read at all; that is no reason to put it aside.
             UsageError: the checkpoint is of another world size, ZeRO stage, precision, model or data.
         """
         put_aside: list[str] = []
@@ -225,17 +232,21 @@ class Checkpoints:
                 for folder in map(self.run.checkpoint, steps):
                     _free_name(folder.with_name(f".before-fresh-{folder.name}"), folder)
             self.ranks.barrier()
-            return Progress(), []
+            return None, []
         for step in steps:
             folder = self.run.checkpoint(step)
             share = slice(self.ranks.rank, None, self.ranks.world_size)
-            problem: str | None = None
+            problem = unreadable = ""
             try:
                 manifest = rundir.verify(folder, share)
-            except (DataError, OSError) as error:
-                problem = str(error)
-            problem = next((p for p in self.ranks.gather(problem) if p), None)
-            if problem is not None:
+            except DataError as error:
+                problem = error.message
+            except OSError as error:
+                unreadable = f"{folder} cannot be read: {error}"
+            problems = self.ranks.gather((problem, unreadable))
+            if unreadable := next((u for _, u in problems if u), ""):
+                raise StorageError(unreadable, hint="mend the file system, then `speechctl resume` again")
+            if problem := next((p for p, _ in problems if p), ""):
                 put_aside.append(problem)
                 if self.ranks.rank == 0:
                     _free_name(folder.with_name(f".bad-{folder.name}"), folder)
@@ -244,6 +255,7 @@ class Checkpoints:
             self.identity.refuse(folder, manifest)
             self.engine.load(folder)
             set_rng_state(json.loads((folder / f"rank-{self.ranks.rank:05d}.rng.json").read_bytes()))
+            self.whole.add(step)
             return Progress.from_json(manifest["progress"]), put_aside
         if put_aside or self._has_sealed_before():
             raise DataError(
@@ -251,15 +263,15 @@ class Checkpoints:
                 + "".join(f"\n  {p}" for p in put_aside),
                 hint=f"restore one from a copy, or start over with `speechctl resume --fresh {self.run.root}`",
             )
-        return Progress(), put_aside
+        return None, put_aside
 
     def _has_sealed_before(self) -> bool:
         return any(e["event"] == "sealed" for a in self.run.attempts() for e in rundir.read_lines(a.events))
 
 
-def _sizes_agree(folder: Path) -> bool:
+def _verifies(folder: Path) -> bool:
     try:
-        rundir.verify(folder, slice(0, 0))
+        rundir.verify(folder)
     except (DataError, OSError):
         return False
     return True

@@ -17,8 +17,6 @@ import torch
 from launcher.errors import DataError
 from launcher.worker.pack_reader import Pack, open_pack
 
-SAMPLE_RATE_HZ = 16000
-
 Waveform = npt.NDArray[np.float32]
 Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -107,3 +105,7 @@ def ahead(work: Callable[[T], R], items: Sequence[T], depth: int = 2) -> Generat
             if i + depth < len(items):
                 pending.append(pool.submit(work, items[i + depth]))
             yield result
+
+
+def to_device(tensors: Tensors, device: torch.device) -> Tensors:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

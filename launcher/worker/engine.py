@@ -16,7 +16,7 @@ from torch import Tensor
 
 from launcher.recipe import Recipe
 from launcher.worker.backbone import SpeechModel
-from launcher.worker.data import Tensors
+from launcher.worker.data import Tensors, to_device
 from launcher.worker.ranks import Ranks
 
 
@@ -59,16 +59,13 @@ class Engine(ABC):
         self.model.eval()
         try:
             with torch.no_grad():
-                return self._infer(self.to_device(tensors))
+                return self._infer(to_device(tensors, self.device))
         finally:
             self.model.train()
 
     def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
         losses, texts = self.model(tensors, transcribe=True)
         return losses, texts
-
-    def to_device(self, tensors: Tensors) -> Tensors:
-        return {k: v.to(self.device, non_blocking=True) for k, v in tensors.items()}
 
 
 def optimizer_for(model: SpeechModel, recipe: Recipe) -> torch.optim.AdamW:
@@ -114,7 +111,7 @@ class AccelerateEngine(Engine):
         with self.accelerator.accumulate(self.wrapped):
             if self.accelerator.sync_gradients != last:
                 raise RuntimeError("Accelerate counts another accumulation than the sampler")
-            losses, _ = self.wrapped(self.to_device(tensors))
+            losses, _ = self.wrapped(to_device(tensors, self.device))
             total: Tensor = losses.sum()
             self.accelerator.backward(total * factor)
         return total.detach()

@@ -13,9 +13,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from torch import Tensor
 
 from launcher.recipe import Recipe
-from launcher.rundir import sync_file
 from launcher.worker.backbone import SpeechModel
-from launcher.worker.data import Tensors
+from launcher.worker.data import Tensors, to_device
 from launcher.worker.engine import Engine, optimizer_for
 from launcher.worker.ranks import Ranks
 
@@ -35,6 +34,11 @@ class DeepSpeedEngine(Engine):
             model=model.to(ranks.device), optimizer=optimizer_for(model, recipe), config=config
         )
         self._check(recipe, ranks)
+        if recipe.zero_stage == 0 and recipe.precision == "bf16":
+            # DeepSpeed has its optimizer make one step on zero gradients to allocate the moments, and leaves AdamW's
+            # count at 1: measured, the first real update is then 0.74 of what it should be.
+            for state in self.engine.basic_optimizer.state.values():
+                state["step"].zero_()
         self.grad_clip = recipe.optimizer.grad_clip
         # DeepSpeed computes no norm of its own at stage 0 in fp32; everywhere else it clips by its configuration.
         self.clips_itself = recipe.zero_stage == 0 and recipe.precision == "fp32"
@@ -57,7 +61,7 @@ class DeepSpeedEngine(Engine):
     def backward(self, tensors: Tensors, factor: float, last: bool) -> Tensor:
         if self.engine.is_gradient_accumulation_boundary() != last:
             raise RuntimeError("DeepSpeed counts another accumulation than the sampler")
-        losses, _ = self.engine(self.to_device(tensors))
+        losses, _ = self.engine(to_device(tensors, self.device))
         total: Tensor = losses.sum()
         self.engine.backward(total * factor)
         if not last:
@@ -94,7 +98,7 @@ class DeepSpeedEngine(Engine):
 
 
 class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
-    """Writes what DeepSpeed hands over, fsynced, and remembers which files are this rank's.
+    """Writes what DeepSpeed hands over, and remembers which files are this rank's.
 
     DeepSpeed has barriers around `save`: an exception on one rank would leave the others waiting there for the whole
     process-group timeout. So an error is kept here and raised by `DeepSpeedEngine.save` once all ranks are out.
@@ -119,8 +123,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
-            torch.save(state_dict, path)
-            sync_file(Path(path))
+            torch.save(state_dict, path)  # fsynced with the other files of this rank, by `Checkpoints`
             self.written.append(Path(path))
         except Exception as error:
             self.error = self.error or error

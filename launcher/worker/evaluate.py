@@ -17,9 +17,11 @@ import jiwer
 
 from launcher import recipe as schema
 from launcher import rundir
+from launcher.errors import DataError
 from launcher.worker import shims
-from launcher.worker.backbone import SpeechModel
-from launcher.worker.data import SAMPLE_RATE_HZ, Tensors, Utterances, ahead
+from launcher.worker.backbone import CtcModel, SpeechModel
+from launcher.worker.data import Tensors, Utterances, ahead
+from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import evaluation_batches
 
@@ -95,6 +97,22 @@ def score(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
 # Who -----------------------------------------------------------------------------------------------------------------
 
 
+def check_letters(model: SpeechModel, utterances: Utterances) -> None:
+    """Refuse, before hours of training, references that the model has no letters for.
+
+    Raises:
+        DataError: names how many there are, and the first.
+    """
+    odd = (utterances.lengths["ctc_frames"] < 0).nonzero()[0]
+    if isinstance(model, CtcModel) and len(odd):
+        row = utterances.row(int(odd[0]))
+        raise DataError(
+            f"{len(odd)} of {len(utterances)} references to evaluate on have other characters than A to Z and the"
+            f" apostrophe; the first: {row['utt_id']} {row['text']!r}",
+            hint="rewrite these transcripts and pack again, or evaluate on other subsets",
+        )
+
+
 class Evaluator:
     """The evaluation subsets of a run, ready to be computed by all ranks together."""
 
@@ -103,6 +121,7 @@ class Evaluator:
         self.model = model
         self.ranks = ranks
         self.utterances = Utterances([recipe.pack(s) for s in recipe.evaluate.subsets])
+        check_letters(model, self.utterances)
         self.normalize = normalizer(recipe.evaluate.normalizer)
         padded = model.padded_samples(self.utterances.lengths["n_samples"].astype("int64"))
         self.batches = evaluation_batches(padded / SAMPLE_RATE_HZ, self.cadence.batch_seconds)

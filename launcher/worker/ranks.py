@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launcher.errors import SpeechctlError
+from launcher.errors import DataError, PreflightError
 
 T = TypeVar("T")
 
@@ -30,6 +30,11 @@ class Ranks:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if int(os.environ.get("SPEECHCTL_GPUS", "0")) and self.device.type != "cuda":
+            raise PreflightError(
+                "this machine shows GPUs, and torch cannot use them: the run would train on the CPU",
+                hint="look at `nvidia-smi` and at torch.cuda.is_available(), or --set launch.device=cpu",
+            )
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self._group: Any = None
@@ -76,12 +81,12 @@ class Ranks:
         """Check that every rank has the same value.
 
         Raises:
-            SpeechctlError: they differ; names who has what.
+            DataError: they differ; names who has what.
         """
         values = self.gather(value)
         if len(set(values)) > 1:
             seen = ", ".join(f"rank {r}: {v}" for r, v in enumerate(values))
-            raise SpeechctlError(
+            raise DataError(
                 f"the ranks disagree about {what}: {seen}",
                 hint="they read different packs, code or recipes; compare the nodes",
             )

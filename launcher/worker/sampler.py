@@ -96,6 +96,12 @@ class Sampler:
         self.step_seconds = step_seconds
         self.seed = seed
 
+    def identity(self) -> str:
+        """A hash of all that decides the order: a cursor means nothing under another one."""
+        hasher = xxhash.xxh3_128(f"{self.seed} {self.step_seconds!r} ".encode())
+        hasher.update(np.ascontiguousarray(self.seconds, dtype="<f8").tobytes())
+        return hasher.hexdigest()
+
     def steps_left(self, cursor: Cursor, world_size: int, accumulation: int) -> list[Step]:
         """The steps of `cursor`'s epoch that are still to do, for this many ranks, in order.
 

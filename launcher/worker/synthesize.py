@@ -22,8 +22,7 @@ from typing import Any
 
 from launcher.errors import PreflightError, UsageError
 from launcher.rundir import storage_errors, sync_dir
-
-SAMPLE_RATE_HZ = 16_000
+from launcher.worker.librispeech import SAMPLE_RATE_HZ
 
 # Sentences -----------------------------------------------------------------------------------------------------------
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from launcher.worker import shims
+from launcher.worker.librispeech import SAMPLE_RATE_HZ
 
 shims.apply()
 
 from torchaudio.transforms import FrequencyMasking, MelSpectrogram, TimeMasking  # noqa: E402  (after the shims)
 
-SAMPLE_RATE_HZ = 16_000
 _WINDOW = 400  # samples: 25 ms
 _HOP = 160  # samples: 10 ms
 _MELS = 80

@@ -12,14 +12,15 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from launcher import recipe_file, rundir
-from launcher.errors import DataError, ExitCode, SpeechctlError
+from launcher.errors import DataError, ExitCode, StorageError, TrainingError
 from launcher.recipe import Recipe, TriStage
 from launcher.rundir import Attempt
 from launcher.worker.backbone import SpeechModel
-from launcher.worker.checkpoint import Checkpoints, Identity
-from launcher.worker.data import SAMPLE_RATE_HZ, Tensors, Utterances, ahead
+from launcher.worker.checkpoint import Checkpoints, Identity, Progress
+from launcher.worker.data import Tensors, Utterances, ahead
 from launcher.worker.engine import AccelerateEngine, Engine
 from launcher.worker.evaluate import Evaluator, Moment, is_due
+from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.models import build
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import MicroBatch, Sampler, Step, accumulation, digest, utterances_in
@@ -112,15 +113,18 @@ class Training:
             precision=self.recipe.precision,
             backbone=rundir.digest_json(self.recipe.backbone.model_dump()),
             packs=self.data.utterances.digest,
+            order=self.sampler.identity(),
         )
         self.checkpoints = Checkpoints(attempt, self.engine, ranks, identity, self.recipe.checkpoint.keep_last)
         self.checkpoints.fence()
-        self.progress, put_aside = self.checkpoints.restore(fresh)
+        restored, put_aside = self.checkpoints.restore(fresh)
+        self.progress = restored or Progress()
+        self.sealed_step = -1 if restored is None else restored.step
         for problem in put_aside:
             self.event("put_aside", problem=problem)
         self.tracker = self._tracker()
         self.last_evaluation = time.monotonic()
-        self.sealed_step = self.progress.step if self.progress.step else -1
+        self._mark_best()  # a kill may have come between the seal and the mark
 
     def event(self, event: str, **facts: Any) -> None:
         """Rank 0's record of what happened; the launcher follows it."""
@@ -133,7 +137,7 @@ class Training:
         from accelerate.tracking import TensorBoardTracker
 
         # Steps after the one resumed from were rolled back; what they logged is purged.
-        tracker = TensorBoardTracker(self.recipe.name, str(self.run.tensorboard), purge_step=self.progress.step)
+        tracker = TensorBoardTracker(self.recipe.name, str(self.run.tensorboard), purge_step=self.sealed_step + 1)
         tracker.start()
         return tracker
 
@@ -167,7 +171,7 @@ class Training:
         self.seal()
         code = ExitCode.STOPPED if stopped else ExitCode.FINISHED
         if self.sealed_step != progress.step:
-            raise SpeechctlError(
+            raise StorageError(
                 f"step {progress.step} could not be sealed", hint="see events.jsonl of this attempt for the reason"
             )
         if self.ranks.rank == 0:
@@ -239,7 +243,7 @@ class Training:
         epoch = progress.cursor.epoch
         rundir.append_line(self.attempt.ledger(self.ranks.rank), {"step": progress.step, "epoch": epoch, "ids": ids})
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            raise SpeechctlError(
+            raise TrainingError(
                 f"step {progress.step}: loss {loss_sum / count} and gradient norm {grad_norm} are not both finite;"
                 f" rank {self.ranks.rank} trained on {', '.join(ids)}",
                 hint="lower optimizer.learning_rate or optimizer.grad_clip; the newest checkpoint is untouched",
@@ -309,9 +313,14 @@ class Training:
             self.seal()
             if self.sealed_step != progress.step:
                 progress.best_wer, progress.best_step = before
-            elif self.ranks.rank == 0:
-                rundir.write_json(self.run.best, {"step": progress.step, "wer": wer})
+            else:
+                self._mark_best()
         return True
+
+    def _mark_best(self) -> None:
+        if self.ranks.rank == 0 and self.progress.best_step > 0:
+            best = {"step": self.progress.best_step, "wer": self.progress.best_wer}
+            rundir.write_json(self.run.best, best)
 
     def seal(self) -> None:
         """Seal a checkpoint of this step, unless there is one; a failure is recorded and training goes on."""

@@ -54,6 +54,9 @@ def pack(options: argparse.Namespace) -> int:
 
 def facts(options: argparse.Namespace) -> int:
     """What the plan needs and only torch or the packs can tell. No weights are loaded."""
+    from launcher.worker.data import Utterances
+    from launcher.worker.evaluate import check_letters
+    from launcher.worker.librispeech import SAMPLE_RATE_HZ
     from launcher.worker.models import skeleton
     from launcher.worker.sampler import Cursor, Sampler, accumulation
     from launcher.worker.train import TrainingSet
@@ -77,38 +80,41 @@ def facts(options: argparse.Namespace) -> int:
         "trained_parameters": sum(p.numel() for _, p in model.trained()),
         "utterances": len(data.usable),
         "left_out": data.left_out,
-        "audio_s": float(data.utterances.lengths["n_samples"][data.usable].sum() / 16000),
+        "audio_s": float(data.utterances.lengths["n_samples"][data.usable].sum() / SAMPLE_RATE_HZ),
         "accumulation": each,
         "steps_per_epoch": len(steps),
         "padding": 1 - float(data.seconds.sum() / padded.sum()),
         "straggler": float((padded.max(1) / padded.mean(1)).mean()),
         "packs": data.utterances.digest,
     }
-    from launcher.worker.pack_reader import open_pack
-
-    answer["evaluation_utterances"] = sum(len(open_pack(recipe.pack(s))) for s in recipe.evaluate.subsets)
+    evaluated = Utterances([recipe.pack(s) for s in recipe.evaluate.subsets])
+    check_letters(model, evaluated)
+    answer["evaluation_utterances"] = len(evaluated)
     print(json.dumps(answer))
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """WER of one sealed checkpoint, in this process."""
+    from launcher.worker.data import to_device
     from launcher.worker.evaluate import Evaluator
     from launcher.worker.ranks import Ranks
 
+    ranks = Ranks()
     recipe = recipe_file.load(Run(options.run).resolved)
     if options.subset:
         cadence = recipe.evaluate.model_copy(update={"subsets": options.subset})
         recipe = recipe.model_copy(update={"evaluate": cadence})
-    model = restored(Run(options.run), recipe, options.step).eval()
-    evaluator = Evaluator(recipe, model, Ranks())
+    model = restored(Run(options.run), recipe, options.step).eval().to(ranks.device)
+    evaluator = Evaluator(recipe, model, ranks)
+    say(f"evaluating step {options.step} on {ranks.device}")
     began = time.monotonic()
 
     def infer(tensors: Any) -> Any:
         import torch
 
         with torch.inference_mode():
-            return model(tensors, transcribe=True)
+            return model(to_device(tensors, ranks.device), transcribe=True)
 
     rows = evaluator.compute(infer, lambda: False)
     assert rows is not None
@@ -168,19 +174,24 @@ def export(options: argparse.Namespace) -> int:
 
 
 def transcribe(options: argparse.Namespace) -> int:
-    """One line of text for each sound file, in the order given."""
+    """One line of JSON for each sound file, in the order given."""
     import soundfile
     import torch
 
-    from launcher.worker.data import SAMPLE_RATE_HZ
+    from launcher.worker.data import to_device
+    from launcher.worker.librispeech import SAMPLE_RATE_HZ
     from launcher.worker.models import load_export
+    from launcher.worker.ranks import Ranks
 
     for path in options.files:
         if not path.is_file():
             raise UsageError(
                 f"{path}: no such file", hint="give sound files that soundfile can read, such as FLAC or WAV"
             )
-    model = load_export(options.model)
+    if options.model.is_dir() and (options.model / "speechctl.json").is_file():
+        rundir.verify(options.model)
+    device = Ranks().device
+    model = load_export(options.model).to(device)
     for path in options.files:
         try:
             waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -198,6 +209,6 @@ def transcribe(options: argparse.Namespace) -> int:
             say(f"{path}: only the first {heard_s:.0f} s of {length_s:.1f} s are transcribed, all that the model takes")
         with torch.inference_mode():
             # A label is part of every batch; its loss is not looked at.
-            _, texts = model(model.collate([mono], ["A"]), transcribe=True)
-        print(json.dumps({"file": str(path), "text": texts[0]}) if options.json else f"{path}\t{texts[0]}", flush=True)
+            _, texts = model(to_device(model.collate([mono], ["A"]), device), transcribe=True)
+        print(json.dumps({"file": str(path), "text": texts[0]}), flush=True)
     return 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.rundir import Run, read_json, read_lines
+from tests.conftest import GPUS
 from tests.worker.runs import kill_rank, speechctl, started, wait_for
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -15,11 +19,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.ranks]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU that this torch can use")
+def one_gpu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES")
+        if GPUS is not None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", GPUS)
+        code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+        if subprocess.run([sys.executable, "-c", code], check=False).returncode:
+            pytest.skip("no NVIDIA GPU that this torch can use")
+        yield
 
 
 @pytest.fixture(scope="module")

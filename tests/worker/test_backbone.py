@@ -399,6 +399,14 @@ def transcribe(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[
     return code, seen.out, seen.err
 
 
+def exported(model: SpeechModel, folder: Path) -> None:
+    """What `speechctl export` leaves: sealed."""
+    staged = folder.with_name("staged")
+    staged.mkdir()
+    write_export(model, staged)
+    rundir.seal(staged, folder, {"format": "speechctl.export/1"})
+
+
 @pytest.fixture
 def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker binds itself to its parent's life, which the process of the tests must not."""
@@ -411,8 +419,7 @@ def test_transcribe_files_of_any_rate(
 ) -> None:
     """Several files, in the order given; 8 kHz and stereo at 44.1 kHz give as much speech as 16 kHz."""
     model = made(wav2vec2(sources["layer"]), seed=3).eval()
-    (tmp_path / "export").mkdir()
-    write_export(model, tmp_path / "export")
+    exported(model, tmp_path / "export")
     files = [tmp_path / name for name in ("b.flac", "a.wav", "c.wav")]
     seconds = np.arange(16_000) / 16_000
     soundfile.write(files[0], 0.3 * np.sin(2 * np.pi * 300 * seconds), 16_000)
@@ -421,26 +428,23 @@ def test_transcribe_files_of_any_rate(
     soundfile.write(files[2], np.stack([stereo, stereo], 1), 44_100)
     code, out, err = transcribe(capsys, tmp_path / "export", *files)
     assert (code, err) == (0, "")
-    rows = [line.split("\t") for line in out.splitlines()]
-    assert [row[0] for row in rows] == [str(f) for f in files]
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["file"] for row in rows] == [str(f) for f in files]
     waveform, _ = soundfile.read(files[0], dtype="float32")
-    assert rows[0][1] == hear(model, [waveform], ["A"])[1][0] != ""
-    code, out, _ = transcribe(capsys, tmp_path / "export", "--json", *files)
-    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(f) for f in files]
+    assert rows[0]["text"] == hear(model, [waveform], ["A"])[1][0] != ""
 
 
 @pytest.mark.usefixtures("unbound")
 def test_transcribe_says_what_is_wrong(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "export").mkdir()
-    write_export(made(whisper(sources["whisper"]), seed=3), tmp_path / "export")
+    exported(made(whisper(sources["whisper"]), seed=3), tmp_path / "export")
     long, bad, empty = (tmp_path / name for name in ("long.wav", "bad.flac", "empty.wav"))
     soundfile.write(long, noise(31 * 16_000)[0], 16_000)
     bad.write_bytes(b"no sound at all")
     soundfile.write(empty, np.zeros(0), 16_000)
     code, out, err = transcribe(capsys, tmp_path / "export", long)
-    assert code == 0 and out.startswith(f"{long}\t")
+    assert code == 0 and json.loads(out)["file"] == str(long)
     assert err == f"{long}: only the first 30 s of 31.0 s are transcribed, all that the model takes\n"
     for file, wanted, words in [
         (tmp_path / "missing.flac", 2, "no such file"),
@@ -452,6 +456,12 @@ def test_transcribe_says_what_is_wrong(
         assert err.startswith(f"error: {file}") and words in err and "\n\nhint: " in err
     assert transcribe(capsys, sources["whisper"], long)[0] == 5
     assert transcribe(capsys, tmp_path / "nowhere", long)[0] == 6
+    weights = tmp_path / "export" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, out, err = transcribe(capsys, tmp_path / "export", long)
+    assert (code, out) == (5, "") and "model.safetensors has changed since it was sealed" in err
 
 
 # Two ranks -----------------------------------------------------------------------------------------------------------
@@ -492,7 +502,7 @@ def prepared(root: Path, name: str, value: schema.Backbone, stage: int, precisio
         folder.mkdir()
     each = accumulation(recipe.batch.step_seconds, recipe.batch.max_rank_seconds, 2)
     rundir.write_bytes(run.resolved, recipe_file.dump(recipe).encode())
-    rundir.write_json(run.deepspeed, plan.deepspeed_config(recipe, each))
+    rundir.write_json(run.deepspeed, plan.deepspeed_config(recipe, each, 10**6))
     return run.new_attempt()
 
 
@@ -560,4 +570,4 @@ def test_backbones_under_zero_on_two_ranks(
         capsys.readouterr()
         code, out, err = transcribe(capsys, target, *files)
         assert code == 0, err
-        assert [line.split("\t", 1)[1] for line in out.split("\n")[:-1]] == [row["text"] for row in rows], name
+        assert [json.loads(line)["text"] for line in out.splitlines()] == [row["text"] for row in rows], name

@@ -19,7 +19,7 @@ from launcher.worker.engine import Engine
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import Cursor, Segment
 
-IDENTITY = Identity(world_size=1, zero_stage="2", precision="fp32", backbone="b", packs="p")
+IDENTITY = Identity(world_size=1, zero_stage="2", precision="fp32", backbone="b", packs="p", order="o")
 
 
 class OneNumber(Engine):
@@ -73,6 +73,7 @@ def test_what_is_sealed_comes_back(attempt: Attempt) -> None:
     saved(attempt, 5, 10)
     engine = OneNumber()
     progress, put_aside = checkpoints(attempt, engine).restore(fresh=False)
+    assert progress is not None
     assert (engine.value, progress.step, put_aside) == (10, 10, [])
     assert progress.cursor.history == [Segment(1, 1, 10)]
     assert not list(attempt.run.checkpoints.glob(".*"))
@@ -96,6 +97,7 @@ def test_a_damaged_newest_is_put_aside_and_the_one_before_is_taken(attempt: Atte
         manifest.write_text(manifest.read_text().replace('"step": 10', '"step": 11'))
     engine = OneNumber()
     progress, put_aside = checkpoints(attempt, engine).restore(fresh=False)
+    assert progress is not None
     assert (engine.value, progress.step) == (5, 5)
     assert len(put_aside) == 1 and str(folder) in put_aside[0]
     assert [p.name for p in attempt.run.checkpoints.glob(".bad-*")] == [".bad-step-00000010"]
@@ -110,7 +112,7 @@ def test_a_run_that_sealed_and_finds_nothing_refuses(attempt: Attempt) -> None:
     with pytest.raises(DataError, match="has sealed checkpoints before") as caught:
         them.restore(fresh=False)
     assert "--fresh" in caught.value.hint
-    assert them.restore(fresh=True)[0].step == 0
+    assert them.restore(fresh=True) == (None, [])
 
 
 def test_fresh_keeps_what_was_sealed(attempt: Attempt) -> None:
@@ -119,10 +121,10 @@ def test_fresh_keeps_what_was_sealed(attempt: Attempt) -> None:
 
 
 def test_a_run_that_never_sealed_starts_at_step_0(attempt: Attempt) -> None:
-    assert checkpoints(attempt).restore(fresh=False)[0].step == 0
+    assert checkpoints(attempt).restore(fresh=False) == (None, [])
 
 
-@pytest.mark.parametrize("field", ["world_size", "zero_stage", "precision", "backbone", "packs"])
+@pytest.mark.parametrize("field", ["world_size", "zero_stage", "precision", "backbone", "packs", "order"])
 def test_a_run_of_another_shape_is_refused_and_nothing_is_put_aside(attempt: Attempt, field: str) -> None:
     saved(attempt, 5)
     other = Identity(**{**vars(IDENTITY), field: 4 if field == "world_size" else "other"})
@@ -146,6 +148,19 @@ def test_a_failed_save_leaves_nothing_and_the_third_in_a_row_ends_the_run(attemp
     with pytest.raises(StorageError, match="three checkpoints in a row"):
         them.save(Progress(step=6))
     assert attempt.run.sealed_steps() == [3]
+
+
+def test_what_cannot_be_read_is_not_put_aside(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale handle or an I/O error on one rank says nothing about a checkpoint; one after the other was renamed."""
+    them = saved(attempt, 5)
+
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(rundir, "verify", stale)
+    with pytest.raises(StorageError, match="Stale file handle"):
+        them.restore(fresh=False)
+    assert attempt.run.sealed_steps() == [5]
 
 
 def test_a_new_attempt_fences_the_old_one(attempt: Attempt) -> None:
@@ -173,9 +188,11 @@ def test_an_orphan_cannot_seal_once_a_newer_attempt_exists(attempt: Attempt) -> 
 
 
 def test_retention_keeps_the_last_two_and_the_best_and_counts_only_whole_ones(attempt: Attempt) -> None:
-    them = saved(attempt, 1, 2, 3, 4, 5)
-    (attempt.run.checkpoint(5) / "state.json").unlink()
-    them.retain(Progress(step=5, best_step=1))
+    """One of the same size with a flipped bit is not counted either: with sizes alone, two rotten ones were enough to
+    have the last good one removed."""
+    saved(attempt, 1, 2, 3, 4, 5)
+    (attempt.run.checkpoint(5) / "state.json").write_text("4")
+    checkpoints(attempt.run.new_attempt()).retain(Progress(step=5, best_step=1))
     assert attempt.run.sealed_steps() == [1, 3, 4, 5]
     assert not list(attempt.run.checkpoints.glob(".*"))
 

@@ -129,13 +129,17 @@ def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
             last = read_lines(attempt.events)[-1]["event"]
             hit.append(last if last in ("saving", "evaluating") else "training")
         assert "SIGKILL" in read_json(attempt.failure)["message"]
-    assert hit.count("saving") >= KILLS // 5 and hit.count("evaluating") >= KILLS // 5, hit
+    assert min(hit.count("saving"), hit.count("evaluating")) >= max(1, KILLS // 5), hit
     done = speechctl("resume", "cut", cwd=spoken)
     assert done.returncode == 0, done.stderr
     expected = numbers(whole)
     for step, pairs in numbers(run).items():
         assert pairs == expected[step], f"step {step}"
     assert sorted(numbers(run)) == sorted(expected)
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logged = tensorboard.EventAccumulator(str(next(run.tensorboard.iterdir()))).Reload()
+    assert [s.step for s in logged.Scalars("train/loss")] == list(range(1, 25))
+    assert read_json(run.best) == read_json(whole.best)
     assert trained_on(run) == trained_on(whole)
     for step in (6, 12, 18, 24):
         a, b = read_json(run.evaluation(step)), read_json(whole.evaluation(step))
@@ -169,6 +173,10 @@ def test_stop_seals_and_resume_finishes(spoken: Path, whole: Run) -> None:
     assert numbers(run) == numbers(whole)
 
 
+def losses_and_norms(run: Run) -> list[float]:
+    return [x for m in read_lines(run.attempts()[0].metrics) for x in (m["loss"], m["grad_norm"])]
+
+
 def test_stages_agree_with_one_process(spoken: Path, tmp_path: Path) -> None:
     """ZeRO 0, 1, 2 and 3 on two ranks against one process, on Accelerate, that accumulates the same micro-batches.
 
@@ -180,17 +188,19 @@ def test_stages_agree_with_one_process(spoken: Path, tmp_path: Path) -> None:
     alone = ["--set", "zero_stage=off", "--set", "launch.processes=1", "--set", "run_dir=alone"]
     done = speechctl("launch", str(recipe), *plain, *alone, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = [m["loss"] for m in read_lines(Run(tmp_path / "alone").attempts()[0].metrics)]
+    # The gradient norm too: AdamW and clipping would hide a wrong factor from the losses.
+    expected = [
+        x for m in read_lines(Run(tmp_path / "alone").attempts()[0].metrics) for x in (m["loss"], m["grad_norm"])
+    ]
     script = Path(__file__).with_name("stages.py")
     done = subprocess.run(
         [sys.executable, str(script), str(recipe), *plain], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(expected) == 20
+    assert len(expected) == 40
     for stage in range(4):
         run = Run(tmp_path / f"stage-{stage}")
-        losses = [m["loss"] for m in read_lines(run.attempts()[0].metrics)]
-        assert losses == pytest.approx(expected, rel=1e-4), f"stage {stage}"
+        assert losses_and_norms(run) == pytest.approx(expected, rel=1e-4), f"stage {stage}"
         assert json.loads(run.deepspeed.read_text())["zero_optimization"]["stage"] == stage
         assert run.sealed_steps() == [20]
 
