@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors",
     "located_yaml",
+    "nodelist",
     "recipe",
     "recipe_file",
     "rundir",
