@@ -93,6 +93,7 @@ class Attempt:
         self.env = root / "env.json"
         self.hosts = root / "hosts.json"
         self.rendezvous = root / "rendezvous.json"
+        self.lease = root / "lease"
         self.exit = root / "exit.json"
         self.failure = root / "failure.json"
         self.failures = root / "failures"

@@ -40,12 +40,19 @@ def ask_worker(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 # One attempt ---------------------------------------------------------------------------------------------------------
 
 
+LEASE_S = 30
+"""How long a node hears nothing of the launcher before it takes it for gone. On this machine the closed standard input
+says so at once and for certain, and a launcher that was only suspended may go on."""
+
+
 def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Attempt:
     """The attempt's directory with everything its nodes need. The caller holds the run's lock."""
     attempt = run.new_attempt()
     env = {
         "variables": environment.rank_variables(plan.backend, max(h.slots for h in plan.hosts), launch.device),
-        "address": "127.0.0.1",
+        "device": launch.device,
+        "address": "127.0.0.1" if plan.backend == "local" else None,
+        "lease_s": None if plan.backend == "local" else LEASE_S,
         "rendezvous_id": secrets.token_hex(16),
         "rendezvous_timeout_s": 120,
         "stop_grace_s": launch.stop_grace,
@@ -54,6 +61,7 @@ def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Att
     rundir.write_json(attempt.env, env, mode=0o600)
     rundir.write_json(attempt.hosts, [h.to_json() for h in plan.hosts])
     rundir.write_bytes(attempt.root / "interpreter", f"{sys.executable}\n".encode())
+    rundir.write_bytes(attempt.root / "pythonpath", os.environ.get("PYTHONPATH", "").encode())
     rundir.write_bytes(attempt.node_script, NODE_SCRIPT.encode(), mode=0o755)
     return attempt
 
@@ -280,7 +288,7 @@ def unexplained(attempt: Attempt, returncodes: Sequence[int], nodes: list[dict[s
         if returncode < 0:
             return f"the process of node {k} was ended by {by_signal(-returncode)}"
     for node in nodes:
-        if node["returncode"] < 0:
+        if (node["returncode"] or 0) < 0:
             return f"torchrun on {node['host']} was ended by {by_signal(-node['returncode'])}"
     account = torchrun_account(attempt)
     who = f"rank {account[0][0]} ended with code {account[0][1]}" if account else "the ranks ended"

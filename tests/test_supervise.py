@@ -125,7 +125,7 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
         interrupt(process, signal.SIGKILL)
         process.wait()
         assert gone(pids, within_s=10)
-    wait_until(lambda: stub.run.attempts()[0].node(0).exists())
+    wait_until(lambda: rundir.read_json(stub.run.attempts()[0].node(0))["returncode"] is not None)
     assert rundir.holder(stub.run) is None
     done = stub.speechctl("status", str(stub.run.root))
     assert "state   stopped on request, with its work sealed" in done.stdout  # the ranks had the time to seal
