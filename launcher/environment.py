@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher.errors import PreflightError
+from launcher import hosts
+from launcher.errors import PreflightError, UsageError
 from launcher.hosts import Host
 from launcher.recipe import Recipe
 
@@ -83,13 +84,36 @@ def on_node(variables: Mapping[str, str], host: Host, device: str) -> dict[str, 
     return whole | base_variables(host.slots, device, whole)
 
 
-def check(recipe: Recipe, hosts: Sequence[Host], gpus: int) -> None:
+def machines(recipe: Recipe) -> list[Host]:
+    """The hosts that the recipe means, after what can be checked from here.
+
+    Raises:
+        UsageError: the hostfile cannot be used, or the run's path cannot be named in a remote shell as it is.
+        PreflightError: as `check`.
+    """
+    launch = recipe.launch
+    if launch.hostfile is None:
+        gpus = gpu_count(launch.device)
+        found = hosts.local(launch.processes, gpus)
+    else:
+        gpus = 0  # of this machine, which is not one of them; each node looks for itself
+        found = hosts.select(hosts.load_hostfile(launch.hostfile), launch.include, launch.exclude)
+        if not re.fullmatch(r"[A-Za-z0-9/._@%+=:,-]+", str(recipe.run_path)):
+            raise UsageError(
+                f"over ssh a run's path has letters, digits and /._@%+=:,- only, and this one is {recipe.run_path}",
+                hint="--set run_dir=… somewhere else, where all hosts see it at the same path",
+            )
+    check(recipe, found, gpus)
+    return found
+
+
+def check(recipe: Recipe, machines: Sequence[Host], gpus: int) -> None:
     """Refuse what would fail minutes later on this machine.
 
     Raises:
         PreflightError: more ranks than GPUs, or a package that the recipe needs is not installed.
     """
-    slots = max(h.slots for h in hosts)
+    slots = max(h.slots for h in machines)
     if gpus and slots > gpus:
         raise PreflightError(
             f"launch.processes asks for {slots} ranks, and this machine shows {gpus} GPU(s): each rank needs its own",

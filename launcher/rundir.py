@@ -110,6 +110,10 @@ class Attempt:
     def node_log(self, node_rank: int) -> Path:
         return self.logs / f"node-{node_rank:03d}.log"
 
+    def ssh_log(self, node_rank: int) -> Path:
+        """What ssh said here. Not the node's log: on NFS two machines cannot append to one file."""
+        return self.logs / f"ssh-{node_rank:03d}.log"
+
     def rank(self, rank: int) -> Path:
         """Who this rank is: host, pid and start time. Written before torch is imported."""
         return self.ranks / f"rank-{rank:05d}.json"

@@ -33,6 +33,7 @@ ORDER = (
     "report",
     "node",
     "backends.local",
+    "backends.ssh",
     "backends",
     "supervise",
     "ui",

@@ -48,7 +48,7 @@ def test_a_run_to_its_last_step(stub: Stub) -> None:
     assert done.returncode == ExitCode.FINISHED, done.stderr
     (attempt,) = stub.run.attempts()
     assert not attempt.failure.exists()
-    assert [row["event"] for row in rundir.read_lines(attempt.supervisor)] == ["started", "ended"]
+    assert [row["event"] for row in rundir.read_lines(attempt.supervisor)] == ["started", "node ended", "ended"]
     assert gone(stub.pids(), within_s=0)
     assert stub.run.root.stat().st_mode & 0o777 == 0o700
     assert attempt.env.stat().st_mode & 0o777 == 0o600
