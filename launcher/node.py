@@ -37,6 +37,9 @@ WORKER = "launcher.worker"
 END, KILL = b"end\n", b"kill\n"
 """What the launcher may write to a node's standard input: end the ranks gently, or at once."""
 
+OVER = b"over\n"
+"""What the lease says once nobody is to go on."""
+
 NODE_SCRIPT = """\
 #!/usr/bin/env bash
 # Starts this attempt's ranks on one node. Argument: the rank of the node, from 0.
@@ -177,6 +180,8 @@ class Node:
         grace_s, lease_s = self.env["stop_grace_s"], self.env["lease_s"]
         while torchrun.poll() is None:
             self._listen(0.2)
+            if self.asked is None and self.files.over:
+                self.asked = "another node had ended"
             if self.asked is None and lease_s is not None and self.files.unchanged_s() > lease_s:
                 self.asked = f"nothing was heard of the launcher for {lease_s:g} s"
             if self.asked is not None:
@@ -230,6 +235,7 @@ class Files:
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
         self.stop_requested = False
+        self.over = False
         self._lease = b""
         self._changed = time.monotonic()
 
@@ -246,6 +252,7 @@ class Files:
             with contextlib.suppress(OSError):
                 self.stop_requested = self.attempt.run.stop_request.exists()
                 lease = self.attempt.lease.read_bytes()  # opened anew: NFS then asks its server
+                self.over = lease == OVER
                 if lease != self._lease:
                     self._lease, self._changed = lease, time.monotonic()
             time.sleep(0.2)

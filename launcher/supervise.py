@@ -22,7 +22,7 @@ from launcher import environment, rundir
 from launcher.backends import BACKENDS, ssh
 from launcher.errors import ExitCode
 from launcher.hosts import Host
-from launcher.node import END, KILL, NODE_SCRIPT, WORKER, die_with_parent
+from launcher.node import END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
 from launcher.plan import Plan
 from launcher.recipe import Launch
 from launcher.rundir import Attempt, Run
@@ -87,11 +87,11 @@ def run_attempt(attempt: Attempt, plan: Plan, tell: Tell) -> ExitCode:
     start = BACKENDS[plan.backend]
     nodes: list[subprocess.Popen[bytes]] = []
     order: list[int] = []
-    with interrupts() as received, lease(attempt):
+    with interrupts() as received, lease(attempt) as over:
         try:
             for k, host in enumerate(plan.hosts):
                 nodes.append(start(attempt, k, host))
-            order = watch(attempt, nodes, received, tell)
+            order = watch(attempt, nodes, received, tell, over)
         finally:
             for node in nodes:
                 if node.stdin is not None:
@@ -103,8 +103,9 @@ def run_attempt(attempt: Attempt, plan: Plan, tell: Tell) -> ExitCode:
 
 
 @contextmanager
-def lease(attempt: Attempt) -> Iterator[None]:
-    """Renew the attempt's lease for as long as this process lives, also while nobody reads what it prints."""
+def lease(attempt: Attempt) -> Iterator[threading.Event]:
+    """Renew the attempt's lease for as long as this process lives, also while nobody reads what it prints. Once the
+    event is set, and at the end, the lease says that it is over: a node that we cannot reach may still read it."""
     over = threading.Event()
 
     def renew() -> None:
@@ -112,18 +113,26 @@ def lease(attempt: Attempt) -> Iterator[None]:
             with suppress(OSError):
                 attempt.lease.write_text(f"{beat}\n")
             if over.wait(LEASE_RENEWED_S):
-                return
+                break
+        with suppress(OSError):
+            attempt.lease.write_bytes(OVER)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        yield
+        yield over
     finally:
         over.set()
         thread.join()
 
 
-def watch(attempt: Attempt, nodes: list[subprocess.Popen[bytes]], received: list[int], tell: Tell) -> list[int]:
+def watch(
+    attempt: Attempt,
+    nodes: list[subprocess.Popen[bytes]],
+    received: list[int],
+    tell: Tell,
+    over: threading.Event,
+) -> list[int]:
     """Follow the nodes until all have ended; returns them in the order in which they did. The first signal to the
     launcher asks the ranks to seal and stop, the second ends them, a third does not wait for anybody.
 
@@ -141,6 +150,7 @@ def watch(attempt: Attempt, nodes: list[subprocess.Popen[bytes]], received: list
                 order.append(k)
                 note(attempt, "node ended", node=k, returncode=node.returncode)
                 if node.returncode != 0 and failed_at == math.inf:
+                    over.set()
                     came_up = rundir.read_json(attempt.node(k)) is not None
                     failed_at = time.monotonic() - (0 if came_up else AFTER_FAILURE_S)  # else there is nothing to save
         while steps and time.monotonic() - failed_at >= steps[0][0] and len(order) < len(nodes):
@@ -320,7 +330,8 @@ def node_failure(attempt: Attempt, returncodes: Sequence[int], order: Sequence[i
         record, log = rundir.read_json(attempt.node(k)), attempt.node_log(k)
         if record is None and over_ssh and returncodes[k] != 0:
             error = ssh.refusal(attempt, k, hosts[k])
-            lost = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+            hint = f"{error.hint}; then `speechctl resume {attempt.run.root}`"
+            lost = {"code": error.exit_code, "message": error.message, "hint": hint}
             log = attempt.ssh_log(k)
         elif record is not None and "error" in record and k == order[0]:
             lost = record["error"]

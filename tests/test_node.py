@@ -18,7 +18,7 @@ import pytest
 from launcher import rundir
 from launcher.errors import HostError
 from launcher.hosts import Host
-from launcher.node import Node, head_address, interface_to, torchrun_argv
+from launcher.node import OVER, Node, head_address, interface_to, torchrun_argv
 from launcher.rundir import Attempt
 from tests.conftest import Stub, gone, wait_until
 
@@ -174,6 +174,15 @@ def test_a_launcher_that_renews_no_lease_is_taken_for_gone(stub: Stub) -> None:
         assert gone(stub.pids(), within_s=5)
         assert process.wait(5) == 0
     assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 0.8 s"
+
+
+def test_a_node_that_no_word_reaches_reads_that_the_lease_is_over(stub: Stub) -> None:
+    """ssh to it may be lost and the file system not."""
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        attempt.lease.write_bytes(OVER)
+        assert process.wait(5) == 0
+    assert rundir.read_json(attempt.node(0))["asked"] == "another node had ended"
 
 
 @pytest.mark.parametrize("victim", ["node", "torchrun"])

@@ -171,6 +171,8 @@ def test_the_hostfile_is_read_where_the_recipe_says(two_hosts: Stub) -> None:
     recipe = recipe_file.absolute(recipe_file.load(two_hosts.recipe), two_hosts.root)
     assert recipe.launch.hostfile == two_hosts.root / "hosts"
     assert [host.name for host in environment.machines(recipe)] == ["alpha", "beta"]
+    debug = [f"launch.{word}" for word in ("backend=local", "hostfile=null", "exclude=[]", "processes=1")]
+    assert recipe_file.load(two_hosts.recipe, debug).launch.backend == "local"
     spaced = recipe.model_copy(update={"run_dir": Path("/runs/my run")})
     with pytest.raises(UsageError, match="and this one is /runs/my run"):
         environment.machines(spaced)
