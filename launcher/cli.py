@@ -181,9 +181,9 @@ def launch(
     Ctrl-C asks the ranks to finish their step, seal a checkpoint and stop; a second one ends them at once. Either way
     `speechctl resume RUN` goes on from the newest checkpoint that verifies.
 
-    Exit codes: 0 finished, 1 the training code raised, 2 the command line or the recipe is wrong, 5 data or a
-    checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76 something under the run died
-    (resume), 77 out of memory.
+    Exit codes: 0 finished, 1 the training code raised, 2 the command line or the recipe is wrong, 3 a host cannot be
+    reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
+    something under the run died (resume), 77 out of memory.
     """
     from launcher import new_run, ui
     from launcher.rundir import Run, RunLock
