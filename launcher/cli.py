@@ -181,15 +181,16 @@ def launch(
     Ctrl-C asks the ranks to finish their step, seal a checkpoint and stop; a second one ends them at once. Either way
     `speechctl resume RUN` goes on from the newest checkpoint that verifies.
 
-    Exit codes: 0 finished, 1 the training code raised, 2 the command line or the recipe is wrong, 5 data or a
-    checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76 something under the run died
-    (resume), 77 out of memory.
+    Exit codes: 0 finished, 1 the training code raised, 2 the command line or the recipe is wrong, 3 a host cannot be
+    reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
+    something under the run died (resume), 77 out of memory.
     """
     from launcher import new_run, ui
     from launcher.rundir import Run, RunLock
 
     if debug:
-        overrides = [*overrides, "launch.processes=1", "zero_stage=off"]
+        here = ("backend=local", "hostfile=null", "include=[]", "exclude=[]", "processes=1")
+        overrides = [*overrides, *(f"launch.{word}" for word in here), "zero_stage=off"]
     with _resolved(recipe, overrides) as (value, path):
         run = Run(value.run_path)
         if not dry_run and run.root.exists():
@@ -221,7 +222,9 @@ def resume(
     For a run that was stopped, failed or interrupted; it is followed to its end. Ctrl-C and the exit codes are as in
     `launch`.
     """
-    from launcher import environment, hosts, recipe_file, report, rundir, ui
+    import dataclasses
+
+    from launcher import environment, recipe_file, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
@@ -238,15 +241,16 @@ def resume(
         if debug and (value.zero_stage != "off" or value.launch.processes != 1):
             raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {where.root}`")
         made = plans.Plan.from_json(rundir.read_json(where.plan))
-        gpus = environment.gpu_count(value.launch.device)
-        machines = hosts.local(value.launch.processes, gpus)
-        environment.check(value, machines, gpus)
-        if machines != made.hosts:
-            was, now = (ui.counted(sum(h.slots for h in some), "rank") for some in (made.hosts, machines))
+        machines = environment.machines(value)
+        was, now = (sum(h.slots for h in some) for some in (made.hosts, machines))
+        if was != now:
+            place = "on this machine" if value.launch.hostfile is None else f"by {value.launch.hostfile}"
             raise UsageError(
-                f"{where.root} was launched with {was}; on this machine it would have {now}",
+                f"{where.root} was launched with {ui.counted(was, 'rank')}; {place} it would have"
+                f" {ui.counted(now, 'rank')}",
                 hint="resume where as many GPUs can be used; another number of ranks cannot take over a run yet",
             )
+        made = dataclasses.replace(made, hosts=machines)  # another host may have taken the place of one that died
         _attempt(where, value, made, fresh=fresh, debug=debug)
 
 
@@ -392,12 +396,10 @@ def _worker(*arguments: str, parse: bool = True) -> Any:
 
 def _plan(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
     """What the recipe comes to on this machine, and the facts it was made from."""
-    from launcher import environment, hosts
+    from launcher import environment
     from launcher import plan as plans
 
-    gpus = environment.gpu_count(value.launch.device)
-    machines = hosts.local(value.launch.processes, gpus)
-    environment.check(value, machines, gpus)
+    machines = environment.machines(value)
     facts = _worker("facts", str(path), "--world-size", str(sum(h.slots for h in machines)))
     return plans.make(value, machines, facts), facts
 

@@ -2,13 +2,15 @@
 
 `python -m launcher.node ATTEMPT_DIR NODE_RANK`, started by the attempt's `node.sh`. Values come from files; nothing is
 spliced into a shell. It ends its ranks when its standard input closes, which is how it notices that the launcher is
-gone; gently first, so that they can seal their work.
+gone; gently first, so that they can seal their work. Over a network that may be noticed by nobody, and then it ends
+them because the launcher has stopped to renew its lease, a file of the attempt.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import math
 import os
 import select
@@ -16,18 +18,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from launcher import rundir
-from launcher.errors import HostError
+from launcher import environment, rundir
+from launcher.errors import HostError, SpeechctlError
+from launcher.hosts import Host
 from launcher.rundir import Attempt
 
 WORKER = "launcher.worker"
 """The only name by which the control side knows the worker."""
+
+END, KILL = b"end\n", b"kill\n"
+"""What the launcher may write to a node's standard input: end the ranks gently, or at once."""
+
+OVER = b"over\n"
+"""What the lease says once nobody is to go on."""
 
 NODE_SCRIPT = """\
 #!/usr/bin/env bash
@@ -35,19 +46,21 @@ NODE_SCRIPT = """\
 set -euo pipefail
 attempt=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONSAFEPATH=1  # a folder called launcher where we stand is not ours
+PYTHONPATH=$(cat "$attempt/pythonpath")
+export PYTHONPATH
 exec "$(cat "$attempt/interpreter")" -m launcher.node "$attempt" "$1"
 """
 
 
 def torchrun_argv(
-    python: str, hosts: list[dict[str, Any]], node_rank: int, meeting: dict[str, Any], attempt: Path
+    python: str, hosts: Sequence[Host], node_rank: int, meeting: dict[str, Any], attempt: Path
 ) -> list[str]:
     """torchrun with a static rendezvous and no restarts: a dynamic one runs the code of whoever reaches its port."""
     return [
         *(python, "-m", "torch.distributed.run"),
         f"--nnodes={len(hosts)}",
         f"--node-rank={node_rank}",
-        f"--nproc-per-node={hosts[node_rank]['slots']}",
+        f"--nproc-per-node={hosts[node_rank].slots}",
         "--rdzv-backend=static",
         f"--rdzv-id={meeting['id']}",
         f"--master-addr={meeting['address']}",
@@ -64,83 +77,146 @@ class Node:
         self.attempt = attempt
         self.node_rank = node_rank
         self.env: dict[str, Any] = rundir.read_json(attempt.env)
-        self.hosts: list[dict[str, Any]] = rundir.read_json(attempt.hosts)
+        self.hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts)]
+        self.host = self.hosts[node_rank]
         self.told_to_kill = False
         self.asked: str | None = None
         """Why the ranks were asked to end, where they were."""
         self.killed: str | None = None
         """Why this process killed them, where it did."""
         self.told: set[int] = set()
+        self.files = Files(attempt)
+        self.record: dict[str, Any] = {"node_rank": node_rank, "host": socket.gethostname(), "pid": os.getpid()}
+        self.stdin_is_open = True
 
     def meet(self) -> dict[str, Any]:
-        """Where the ranks find each other: picked and published by the head node, awaited by the others."""
+        """Where the ranks find each other: picked and published by the head node, awaited by the others.
+
+        Raises:
+            HostError: this is the head node and has no address that the others reach, or it never published one.
+        """
         if self.node_rank == 0:
-            with socket.socket() as free:
-                free.bind((self.env["address"], 0))
-                port = free.getsockname()[1]
-            meeting = {"address": self.env["address"], "port": port, "id": self.env["rendezvous_id"]}
+            address = self.env["address"] or head_address(self.hosts)
+            try:
+                with socket.socket(_family(address)) as free:
+                    free.bind((address, 0))
+                    port = free.getsockname()[1]
+            except OSError as error:
+                raise HostError(
+                    f"{self.host.name} cannot listen at {address}: {error.strerror}",
+                    hint=f"give {self.host.name}, the head node, one of its own with address=… in the hostfile",
+                ) from error
+            meeting = {"address": address, "port": port, "id": self.env["rendezvous_id"]}
             rundir.write_json(self.attempt.rendezvous, meeting, mode=0o600)
             return meeting
         deadline = time.monotonic() + self.env["rendezvous_timeout_s"]
-        while time.monotonic() < deadline and not self.told_to_kill:
+        while time.monotonic() < deadline:
             # By listing: NFS answers from cached attributes when it is asked for one name.
             if self.attempt.rendezvous.name in os.listdir(self.attempt.root):
                 return dict(rundir.read_json(self.attempt.rendezvous))
-            time.sleep(0.2)
+            self._listen(0.2)
+            if self.asked is not None or self.told_to_kill:
+                raise HostError(
+                    f"{self.host.name} was told to end before the ranks met", hint="look at the other nodes' logs"
+                )
         raise HostError(f"node {self.node_rank} found no {self.attempt.rendezvous}", hint="look at the head node's log")
+
+    def variables(self, meeting: dict[str, Any]) -> dict[str, str]:
+        """The whole environment of the ranks: the attempt's, and what only this machine can say."""
+        variables = environment.on_node(self.env["variables"], self.host, self.env["device"])
+        interface = interface_to(meeting["address"])
+        self.record |= {"address": meeting["address"], "interface": interface}
+        if interface is not None:  # gloo would otherwise take what the host's own name resolves to
+            variables.setdefault("GLOO_SOCKET_IFNAME", interface)
+        print(
+            f"node {self.node_rank}: the ranks meet at {meeting['address']}; the interface to there is {interface}, and"
+            f" GLOO_SOCKET_IFNAME is {variables.get('GLOO_SOCKET_IFNAME')}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return variables
 
     def run(self) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_kill", True))
         adopt_orphans()
-        argv = torchrun_argv(sys.executable, self.hosts, self.node_rank, self.meet(), self.attempt.root)
-        if self.env["fresh"]:
-            argv.append("--fresh")
-        with self.attempt.node_log(self.node_rank).open("ab") as log:
-            torchrun = subprocess.Popen(
-                argv,
-                env=self.env["variables"],
-                cwd=self.attempt.root,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+        # From here on this node's log has one writer, on the node, also where our own output goes to another machine.
+        log = os.open(self.attempt.node_log(self.node_rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        self._write_record(returncode=None)
+        try:
+            meeting = self.meet()
+            argv = torchrun_argv(sys.executable, self.hosts, self.node_rank, meeting, self.attempt.root)
+            argv += ["--fresh"] * self.env["fresh"]
+            variables = self.variables(meeting)
+        except SpeechctlError as error:
+            print(error.render(), file=sys.stderr)
+            self.record["error"] = {"message": error.message, "hint": error.hint, "code": int(error.exit_code)}
+            self._write_record(returncode=1)
+            return 1
+        self._write_record(returncode=None)
+        torchrun = subprocess.Popen(
+            argv,
+            env=variables,
+            cwd=self.attempt.root,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
         returncode = self._watch(torchrun)
         kill_family()  # whatever outlived torchrun
-        rundir.write_json(
-            self.attempt.node(self.node_rank),
-            {
-                "node_rank": self.node_rank,
-                "host": socket.gethostname(),
-                "returncode": returncode,
-                "asked": self.asked,
-                "killed": self.killed,
-                "time": time.time(),
-            },
-        )
+        self._write_record(returncode)
         return 0 if returncode == 0 else 1
 
+    def _write_record(self, returncode: int | None) -> None:
+        ended = {"returncode": returncode, "asked": self.asked, "killed": self.killed, "time": time.time()}
+        rundir.write_json(self.attempt.node(self.node_rank), {**self.record, **ended})
+
     def _watch(self, torchrun: subprocess.Popen[bytes]) -> int:
-        alone, deadline = False, math.inf
-        grace_s = self.env["stop_grace_s"]
+        self.files.follow()
+        deadline = math.inf
+        grace_s, lease_s = self.env["stop_grace_s"], self.env["lease_s"]
         while torchrun.poll() is None:
-            if alone:
-                time.sleep(0.2)
+            self._listen(0.2)
+            if self.asked is None and self.files.over:
+                self.asked = "another node had ended"
+            if self.asked is None and lease_s is not None and self.files.unchanged_s() > lease_s:
+                self.asked = f"nothing was heard of the launcher for {lease_s:g} s"
+            if self.asked is not None:
                 self._ask_ranks(torchrun)
-            elif _closed(sys.stdin.fileno(), timeout_s=0.2):
-                alone, self.asked, deadline = True, "the launcher went away", time.monotonic() + grace_s
-            elif self.asked is None and self.attempt.run.stop_request.exists():
-                self.asked, deadline = "a stop was asked for", time.monotonic() + grace_s
+            stop = self.files.stop_requested
+            if deadline == math.inf and (stop or self.asked is not None):
+                deadline = time.monotonic() + grace_s
             if time.monotonic() > deadline:
-                self.killed = f"{self.asked}, and launch.stop_grace, {grace_s:g} s, was over"
+                why = self.asked or "a stop was asked for"
+                self.killed = f"{why}, and launch.stop_grace, {grace_s:g} s, was over"
             elif self.told_to_kill:
                 self.killed = "the launcher was told to end at once"
             if self.killed is not None:
                 kill_family()
                 break
+        if self.asked is None and self.files.stop_requested:
+            self.asked = "a stop was asked for"
         return torchrun.wait()
+
+    def _listen(self, timeout_s: float) -> None:
+        """Wait for a word of the launcher: `end` is gentle, like its silence for ever, and `kill` is not."""
+        if not self.stdin_is_open:
+            time.sleep(timeout_s)
+            return
+        readable, _, _ = select.select([0], [], [], timeout_s)
+        if not readable:
+            return
+        words = os.read(0, 4096)
+        if words == b"":
+            self.stdin_is_open = False
+            self.asked = self.asked or "the launcher went away"
+        if KILL in words:
+            self.told_to_kill = True
+        elif END in words:
+            self.asked = self.asked or "another node had ended"
 
     def _ask_ranks(self, torchrun: subprocess.Popen[bytes]) -> None:
         """SIGTERM to every rank, once: they have sessions of their own, so a signal to torchrun's group would miss
@@ -152,10 +228,73 @@ class Node:
                     rank.terminate()
 
 
-def _closed(fd: int, timeout_s: float) -> bool:
-    """Whether the other end of `fd` is gone. Nothing is ever sent on it."""
-    readable, _, _ = select.select([fd], [], [], timeout_s)
-    return bool(readable) and os.read(fd, 4096) == b""
+class Files:
+    """What the launcher says through files, looked at in a thread of its own: where the file system hangs, so does
+    whoever looks, and that must not be the loop which ends the ranks."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.stop_requested = False
+        self.over = False
+        self._lease = b""
+        self._changed = time.monotonic()
+
+    def follow(self) -> None:
+        self._changed = time.monotonic()
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def unchanged_s(self) -> float:
+        """How long the lease has stayed the same, by this machine's monotonic clock: hosts do not agree on the time."""
+        return time.monotonic() - self._changed
+
+    def _follow(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                self.stop_requested = self.attempt.run.stop_request.exists()
+                lease = self.attempt.lease.read_bytes()  # opened anew: NFS then asks its server
+                self.over = lease == OVER
+                if lease != self._lease:
+                    self._lease, self._changed = lease, time.monotonic()
+            time.sleep(0.2)
+
+
+def head_address(hosts: Sequence[Host]) -> str:
+    """The address of this machine, the first host, at which the others reach it.
+
+    Raises:
+        HostError: its name does not resolve here, or only to loopback, and there are other hosts.
+    """
+    head = hosts[0]
+    if head.address is not None:
+        return head.address
+    if len(hosts) == 1:
+        return "127.0.0.1"
+    hint = f"give it in the hostfile, at the line of the head node: {head.name} slots={head.slots} address=…"
+    try:
+        found = socket.getaddrinfo(head.name, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise HostError(f"{head.name} cannot resolve its own name: {error.strerror}", hint=hint) from error
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    reached = [a for a in addresses if not ipaddress.ip_address(a.partition("%")[0]).is_loopback]
+    if not reached:
+        raise HostError(f"on {head.name}, its own name means {addresses[0]}, where no other host reaches it", hint=hint)
+    return next((a for a in reached if ":" not in a), reached[0])
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface of this machine that has the way to `address`, or None where that cannot be told."""
+    try:
+        with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: the kernel only chooses the way
+            ours = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs()
+    return next((n for n, some in interfaces.items() if any(a.address.partition("%")[0] == ours for a in some)), None)
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def adopt_orphans() -> None:

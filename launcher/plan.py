@@ -48,7 +48,7 @@ class Plan:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Plan:
-        return Plan(**{**value, "hosts": [Host(**h) for h in value["hosts"]]})
+        return Plan(**{**value, "hosts": [Host.from_json(h) for h in value["hosts"]]})
 
 
 def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Plan:

@@ -71,17 +71,36 @@ class Section(BaseModel):
 
 
 class Launch(Section):
-    backend: Literal["local"] = "local"
-    """How the nodes are reached. `local`: this machine."""
+    backend: Literal["local", "ssh"] = "local"
+    """How the nodes are reached. `local`: this machine. `ssh`: the machines of `hostfile`."""
 
     processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    """Ranks on this machine. `auto`: one for each GPU, or one where there is none."""
+    """Ranks on this machine. `auto`: one for each GPU, or one where there is none. Over ssh the hostfile says it."""
+
+    hostfile: Location | None = None
+    """The machines, a line for each: `gpu-01 slots=8`. The first is the head node, where the ranks meet."""
+
+    include: list[str] = []
+    """Use only these hosts and slots of the hostfile, in DeepSpeed's grammar: `gpu-01`, `gpu-02:0,2`, `gpu-0*`."""
+
+    exclude: list[str] = []
+    """Leave out these hosts and slots of the hostfile."""
 
     device: Literal["auto", "cpu"] = "auto"
     """What ranks compute on. `auto`: GPUs, where there are any. `cpu`: leave GPUs alone."""
 
     stop_grace: Seconds = 120
     """After a request to stop: how long ranks may take to finish their step and seal, before they are killed."""
+
+    @model_validator(mode="after")
+    def _hosts(self) -> Launch:
+        if self.backend == "ssh" and self.hostfile is None:
+            raise ValueError("backend ssh needs launch.hostfile, the file that names its machines")
+        if self.backend == "ssh" and self.processes != "auto":
+            raise ValueError("launch.processes is of backend local: over ssh the hostfile says slots=N for each host")
+        if self.backend == "local" and (self.hostfile or self.include or self.exclude):
+            raise ValueError("hostfile, include and exclude are of backend ssh, and the backend is local, this machine")
+        return self
 
 
 class Synthesize(Section):

@@ -93,6 +93,7 @@ class Attempt:
         self.env = root / "env.json"
         self.hosts = root / "hosts.json"
         self.rendezvous = root / "rendezvous.json"
+        self.lease = root / "lease"
         self.exit = root / "exit.json"
         self.failure = root / "failure.json"
         self.failures = root / "failures"
@@ -108,6 +109,10 @@ class Attempt:
 
     def node_log(self, node_rank: int) -> Path:
         return self.logs / f"node-{node_rank:03d}.log"
+
+    def ssh_log(self, node_rank: int) -> Path:
+        """What ssh said here. Not the node's log: on NFS two machines cannot append to one file."""
+        return self.logs / f"ssh-{node_rank:03d}.log"
 
     def rank(self, rank: int) -> Path:
         """Who this rank is: host, pid and start time. Written before torch is imported."""

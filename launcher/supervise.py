@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import environment, rundir
-from launcher.backends import BACKENDS
+from launcher.backends import BACKENDS, ssh
 from launcher.errors import ExitCode
-from launcher.node import NODE_SCRIPT, WORKER, die_with_parent
+from launcher.hosts import Host
+from launcher.node import END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
 from launcher.plan import Plan
 from launcher.recipe import Launch
 from launcher.rundir import Attempt, Run
@@ -40,12 +43,27 @@ def ask_worker(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 # One attempt ---------------------------------------------------------------------------------------------------------
 
 
+AFTER_FAILURE_S = 10.0
+"""How long the ranks of other nodes may take to end by themselves once a node has failed. They cannot seal without
+its ranks, but they can say what they saw."""
+
+LET_GO_S = 30.0
+"""How long after that a node is waited for that was told to end at once."""
+
+LEASE_RENEWED_S = 2.0
+LEASE_S = 30
+"""How long a node hears nothing of the launcher before it takes it for gone. On this machine the closed standard input
+says so at once and for certain, and a launcher that was only suspended may go on."""
+
+
 def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Attempt:
     """The attempt's directory with everything its nodes need. The caller holds the run's lock."""
     attempt = run.new_attempt()
     env = {
         "variables": environment.rank_variables(plan.backend, max(h.slots for h in plan.hosts), launch.device),
-        "address": "127.0.0.1",
+        "device": launch.device,
+        "address": "127.0.0.1" if plan.backend == "local" else None,
+        "lease_s": None if plan.backend == "local" else LEASE_S,
         "rendezvous_id": secrets.token_hex(16),
         "rendezvous_timeout_s": 120,
         "stop_grace_s": launch.stop_grace,
@@ -54,6 +72,7 @@ def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Att
     rundir.write_json(attempt.env, env, mode=0o600)
     rundir.write_json(attempt.hosts, [h.to_json() for h in plan.hosts])
     rundir.write_bytes(attempt.root / "interpreter", f"{sys.executable}\n".encode())
+    rundir.write_bytes(attempt.root / "pythonpath", os.environ.get("PYTHONPATH", "").encode())
     rundir.write_bytes(attempt.node_script, NODE_SCRIPT.encode(), mode=0o755)
     return attempt
 
@@ -67,27 +86,77 @@ def run_attempt(attempt: Attempt, plan: Plan, tell: Tell) -> ExitCode:
     note(attempt, "started", nodes=len(plan.hosts))
     start = BACKENDS[plan.backend]
     nodes: list[subprocess.Popen[bytes]] = []
-    with interrupts() as received:
+    order: list[int] = []
+    with interrupts() as received, lease(attempt) as over:
         try:
             for k, host in enumerate(plan.hosts):
                 nodes.append(start(attempt, k, host))
-            watch(attempt, nodes, received, tell)
+            order = watch(attempt, nodes, received, tell, over)
         finally:
             for node in nodes:
                 if node.stdin is not None:
                     node.stdin.close()  # one that still runs now ends its ranks, gently first
             returncodes = [node.wait() for node in nodes]
-    code = conclude(attempt, returncodes)
+    code = conclude(attempt, returncodes, order)
     note(attempt, "ended", code=int(code), nodes=returncodes)
     return code
 
 
-def watch(attempt: Attempt, nodes: list[subprocess.Popen[bytes]], received: list[int], tell: Tell) -> None:
-    """Follow the nodes until all have ended. The first signal to the launcher asks the ranks to seal and stop, the
-    second ends them, a third does not wait for anybody."""
+@contextmanager
+def lease(attempt: Attempt) -> Iterator[threading.Event]:
+    """Renew the attempt's lease for as long as this process lives, also while nobody reads what it prints. Once the
+    event is set, and at the end, the lease says that it is over: a node that we cannot reach may still read it."""
+    over = threading.Event()
+
+    def renew() -> None:
+        for beat in itertools.count():
+            with suppress(OSError):
+                attempt.lease.write_text(f"{beat}\n")
+            if over.wait(LEASE_RENEWED_S):
+                break
+        with suppress(OSError):
+            attempt.lease.write_bytes(OVER)
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield over
+    finally:
+        over.set()
+        thread.join()
+
+
+def watch(
+    attempt: Attempt,
+    nodes: list[subprocess.Popen[bytes]],
+    received: list[int],
+    tell: Tell,
+    over: threading.Event,
+) -> list[int]:
+    """Follow the nodes until all have ended; returns them in the order in which they did. The first signal to the
+    launcher asks the ranks to seal and stop, the second ends them, a third does not wait for anybody.
+
+    Where one node fails the others are ended too, since none can go on alone: gently, then at once, and what does not
+    answer even then is let go.
+    """
     follow = Follower(attempt, tell)
     acted_on = 0
-    while any(node.poll() is None for node in nodes):
+    order: list[int] = []
+    steps = [(0.0, END), (AFTER_FAILURE_S, KILL), (AFTER_FAILURE_S + LET_GO_S, None)]
+    failed_at = math.inf
+    while len(order) < len(nodes):
+        for k, node in enumerate(nodes):
+            if k not in order and node.poll() is not None:
+                order.append(k)
+                note(attempt, "node ended", node=k, returncode=node.returncode)
+                if node.returncode != 0 and failed_at == math.inf:
+                    over.set()
+                    came_up = rundir.read_json(attempt.node(k)) is not None
+                    failed_at = time.monotonic() - (0 if came_up else AFTER_FAILURE_S)  # else there is nothing to save
+        while steps and time.monotonic() - failed_at >= steps[0][0] and len(order) < len(nodes):
+            _, word = steps.pop(0)
+            for node in nodes:
+                node.kill() if word is None else say(node, word)
         if len(received) > acted_on:
             acted_on += 1
             note(attempt, "signal", number=received[acted_on - 1])
@@ -97,10 +166,18 @@ def watch(attempt: Attempt, nodes: list[subprocess.Popen[bytes]], received: list
             else:
                 tell({"event": "killing"})
                 for node in nodes:
-                    node.terminate() if acted_on == 2 else node.kill()
+                    say(node, KILL) if acted_on == 2 else node.kill()
         follow.once()
         time.sleep(0.1)
     follow.once()
+    return order
+
+
+def say(node: subprocess.Popen[bytes], word: bytes) -> None:
+    """A word to a node; one that has ended does not hear it."""
+    if node.stdin is not None and node.poll() is None:
+        with suppress(OSError):
+            os.write(node.stdin.fileno(), word)
 
 
 def run_debug(attempt: Attempt) -> ExitCode:
@@ -179,35 +256,38 @@ class Follower:
 # How it ended --------------------------------------------------------------------------------------------------------
 
 
-def conclude(attempt: Attempt, returncodes: Sequence[int]) -> ExitCode:
+def conclude(attempt: Attempt, returncodes: Sequence[int], order: Sequence[int] = ()) -> ExitCode:
     """The attempt's exit code, from what its ranks and nodes wrote; `failure.json` says why where it failed.
 
     Args:
         returncodes: of the processes that stood for the nodes. None of them alone makes a success.
+        order: the nodes in the order in which they ended, as seen from here; clocks differ between machines.
     """
     ended = rundir.read_json(attempt.exit)
     if ended is not None:  # rank 0 writes it after the last seal
         return ExitCode(ended["code"])
-    failure = first_failure(attempt, returncodes)
+    failure = first_failure(attempt, returncodes, order or range(len(returncodes)))
     rundir.write_json(attempt.failure, failure)
     return ExitCode(failure["code"])
 
 
-def first_failure(attempt: Attempt, returncodes: Sequence[int]) -> dict[str, Any]:
+def first_failure(attempt: Attempt, returncodes: Sequence[int], order: Sequence[int]) -> dict[str, Any]:
     """First cause, evidence, verdict and what to type next."""
+    if (failure := node_failure(attempt, returncodes, order)) is not None:
+        return failure
     records = [rundir.read_json(p) for p in sorted(attempt.failures.glob("rank-*.json"))]
     records.sort(key=lambda r: float(r["time"]))
     causes = [r for r in records if not r["lost_peer"]]
     nodes = [n for k in range(len(returncodes)) if (n := rundir.read_json(attempt.node(k)))]
     killed = next((n["killed"] for n in nodes if n["killed"]), None)
     asked = next((n["asked"] for n in nodes if n["asked"]), None)
-    signalled = first_signalled(torchrun_account(attempt), {r["rank"] for r in causes})
+    signalled = first_signalled(torchrun_account(attempt, order), {r["rank"] for r in causes})
     resume = f"`speechctl resume {attempt.run.root}` goes on from the newest checkpoint"
     rank: int | None = None
     evidence = attempt.node_log(0)
     if signalled is not None:
         rank, number = signalled
-        message = f"rank {rank} was ended by {by_signal(number)}"
+        message = f"rank {rank}{on_host(attempt, rank)} was ended by {by_signal(number)}"
     elif causes:
         cause = causes[0]
         rank, known = cause["rank"], cause["hint"] is not None
@@ -216,7 +296,9 @@ def first_failure(attempt: Attempt, returncodes: Sequence[int]) -> dict[str, Any
         return {
             "code": cause["code"] or ExitCode.BUG,
             "rank": rank,
-            "message": cause["message"] if known else f"rank {rank}: {cause['type']}: {cause['message']}",
+            "message": cause["message"]
+            if known
+            else f"rank {rank}{on_host(attempt, rank)}: {cause['type']}: {cause['message']}",
             "evidence": where,
             "hint": cause["hint"] if known else f"read {where}, mend it, then {resume}",
         }
@@ -238,11 +320,48 @@ def first_failure(attempt: Attempt, returncodes: Sequence[int]) -> dict[str, Any
     }
 
 
-def torchrun_account(attempt: Attempt) -> list[tuple[int, int]]:
+def node_failure(attempt: Attempt, returncodes: Sequence[int], order: Sequence[int]) -> dict[str, Any] | None:
+    """The failure of a node itself, where that is the first cause: it never came up, it could not start its ranks, or
+    it was lost."""
+    hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts) or ()]
+    over_ssh = any(attempt.logs.glob("ssh-*.log"))
+    lost: dict[str, Any] | None = None
+    for k in order:
+        record, log = rundir.read_json(attempt.node(k)), attempt.node_log(k)
+        if record is None and over_ssh and returncodes[k] != 0:
+            error = ssh.refusal(attempt, k, hosts[k])
+            hint = f"{error.hint}; then `speechctl resume {attempt.run.root}`"
+            lost = {"code": error.exit_code, "message": error.message, "hint": hint}
+            log = attempt.ssh_log(k)
+        elif record is not None and "error" in record and k == order[0]:
+            lost = record["error"]
+        elif returncodes[k] == ssh.FAILED and over_ssh and k == order[0]:
+            lost = {
+                "code": ExitCode.INFRASTRUCTURE,
+                "message": f"lost {hosts[k].name}: {ssh.last_words(attempt, k)}",
+                "hint": f"when `ssh {hosts[k].name} true` works again, `speechctl resume {attempt.run.root}` goes on"
+                " from the newest checkpoint",
+            }
+            log = attempt.ssh_log(k)
+        if lost is not None:
+            return {"rank": None, "evidence": str(log), **lost, "code": int(lost["code"])}
+    return None
+
+
+def on_host(attempt: Attempt, rank: int) -> str:
+    """` on gpu-02`, where there is more than one host."""
+    hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts) or ()]
+    names = [host.name for host in hosts for _ in range(host.slots)]
+    return f" on {names[rank]}" if len(hosts) > 1 and rank < len(names) else ""
+
+
+def torchrun_account(attempt: Attempt, order: Sequence[int] = (0,)) -> list[tuple[int, int]]:
     """(rank, exit code) of the ranks that failed, by the summaries in the nodes' logs; what torchrun saw first comes
     first. The others are not causes: it ends them itself, by SIGTERM, and after 30 s by SIGKILL."""
     found: list[tuple[int, int]] = []
-    for log in sorted(attempt.logs.glob("node-*.log")):
+    for log in (attempt.node_log(k) for k in order):
+        if not log.exists():
+            continue
         others, _, root = log.read_text(errors="replace").partition("Root Cause (first observed failure):")
         for part in (root, others):
             for match in re.finditer(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) ", part):
@@ -280,7 +399,7 @@ def unexplained(attempt: Attempt, returncodes: Sequence[int], nodes: list[dict[s
         if returncode < 0:
             return f"the process of node {k} was ended by {by_signal(-returncode)}"
     for node in nodes:
-        if node["returncode"] < 0:
+        if (node["returncode"] or 0) < 0:
             return f"torchrun on {node['host']} was ended by {by_signal(-node['returncode'])}"
     account = torchrun_account(attempt)
     who = f"rank {account[0][0]} ended with code {account[0][1]}" if account else "the ranks ended"

@@ -164,7 +164,7 @@ class Stub:
 
     def pids(self) -> set[int]:
         """torchrun, every rank that ever came up and what those started, by their own records."""
-        others = [a.root / name for a in self.run.attempts() for name in ("torchrun.json", "child.json")]
+        others = [p for a in self.run.attempts() for p in (*a.root.glob("torchrun*.json"), a.root / "child.json")]
         records = [path for a in self.run.attempts() for path in a.ranks.glob("rank-*.json")]
         return {json.loads(path.read_text())["pid"] for path in (*others, *records) if path.exists()}
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors",
     "located_yaml",
+    "nodelist",
     "recipe",
     "recipe_file",
     "rundir",
@@ -32,6 +33,7 @@ ORDER = (
     "report",
     "node",
     "backends.local",
+    "backends.ssh",
     "backends",
     "supervise",
     "ui",

@@ -17,13 +17,14 @@ import pytest
 
 from launcher import rundir
 from launcher.errors import HostError
-from launcher.node import Node, torchrun_argv
+from launcher.hosts import Host
+from launcher.node import OVER, Node, head_address, interface_to, torchrun_argv
 from launcher.rundir import Attempt
 from tests.conftest import Stub, gone, wait_until
 
 
 def test_torchrun_is_told_everything_by_arguments_that_hold_no_value_of_the_recipe() -> None:
-    hosts = [{"name": "a", "slots": 4}, {"name": "b", "slots": 3}]
+    hosts = [Host("a", 4), Host("b", 3)]
     meeting = {"address": "10.0.0.1", "port": 29500, "id": "0f"}
     assert torchrun_argv("/usr/bin/python3", hosts, 1, meeting, Path("/runs/x/attempts/0003")) == [
         "/usr/bin/python3",
@@ -68,7 +69,7 @@ def test_torchrun_gets_the_variables_of_the_attempt_and_no_others(stub: Stub) ->
         assert process.wait(20) == 0
     seen = rundir.read_json(attempt.root / "torchrun.json")
     meeting = rundir.read_json(attempt.rendezvous)
-    hosts = rundir.read_json(attempt.hosts)
+    hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts)]
     assert seen["argv"] == torchrun_argv(sys.executable, hosts, 0, meeting, attempt.root)
     assert seen["cwd"] == str(attempt.root)
     assert seen["variables"] == {**rundir.read_json(attempt.env)["variables"], **lc_ctype(seen["variables"])}
@@ -141,6 +142,49 @@ def test_sigterm_ends_the_ranks_at_once(stub: Stub) -> None:
     assert not attempt.exit.exists()
 
 
+def say(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(word)
+    process.stdin.flush()
+
+
+def test_the_launcher_can_ask_for_a_gentle_end_and_for_one_at_once(stub: Stub) -> None:
+    """Signals do not cross ssh; words on its standard input do."""
+    stub.behave("deaf", "deaf")
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        say(process, "end\n")
+        assert not gone(stub.pids(), within_s=0.5)
+        say(process, "kill\n")
+        assert process.wait(5) == 1
+        assert gone(stub.pids(), within_s=0)
+    record = rundir.read_json(attempt.node(0))
+    assert (record["asked"], record["killed"]) == ("another node had ended", "the launcher was told to end at once")
+
+
+def test_a_launcher_that_renews_no_lease_is_taken_for_gone(stub: Stub) -> None:
+    """A cable that is out closes no standard input."""
+    attempt = stub.attempt(stop_grace_s=100)
+    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 0.8})
+    with node(stub, attempt) as process:
+        for beat in range(20):
+            attempt.lease.write_text(str(beat))
+            time.sleep(0.1)
+        assert process.poll() is None
+        assert gone(stub.pids(), within_s=5)
+        assert process.wait(5) == 0
+    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 0.8 s"
+
+
+def test_a_node_that_no_word_reaches_reads_that_the_lease_is_over(stub: Stub) -> None:
+    """ssh to it may be lost and the file system not."""
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        attempt.lease.write_bytes(OVER)
+        assert process.wait(5) == 0
+    assert rundir.read_json(attempt.node(0))["asked"] == "another node had ended"
+
+
 @pytest.mark.parametrize("victim", ["node", "torchrun"])
 def test_ranks_end_with_their_parents_whatever_kills_those(stub: Stub, victim: str) -> None:
     stub.behave("deaf", "deaf")
@@ -177,9 +221,51 @@ def test_a_person_can_start_a_node_by_hand_from_anywhere(stub: Stub, tmp_path: P
 def test_another_node_waits_for_the_head_node_and_says_what_it_waited_for(stub: Stub) -> None:
     attempt = stub.attempt()
     rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "rendezvous_timeout_s": 0.3})
+    rundir.write_json(attempt.hosts, [{"name": "a", "slots": 1}, {"name": "b", "slots": 1}])
+    head, other = Node(attempt, 0), Node(attempt, 1)
+    other.stdin_is_open = False  # it is pytest's
     with pytest.raises(HostError, match=r"node 1 found no .*rendezvous\.json"):
-        Node(attempt, 1).meet()
-    meeting = Node(attempt, 0).meet()
-    assert Node(attempt, 1).meet() == meeting
+        other.meet()
+    meeting = head.meet()
+    assert other.meet() == meeting
     assert 1024 <= meeting["port"] < 65536 and meeting["address"] == "127.0.0.1"
     assert json.loads(attempt.rendezvous.read_text()) == meeting
+
+
+@pytest.mark.parametrize(
+    ("hosts", "address"),
+    [
+        ([Host("localhost", 2)], "127.0.0.1"),
+        ([Host("192.0.2.7", 1), Host("b", 1)], "192.0.2.7"),
+        ([Host("2001:db8::7", 1), Host("b", 1)], "2001:db8::7"),
+        ([Host("localhost", 1, address="192.0.2.9"), Host("b", 1)], "192.0.2.9"),
+    ],
+)
+def test_the_head_has_an_address_that_the_others_reach(hosts: list[Host], address: str) -> None:
+    assert head_address(hosts) == address
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("localhost", "on localhost, its own name means .*, where no other host"), ("no-such.invalid", "cannot resolve")],
+)
+def test_a_head_that_others_cannot_reach_says_so(name: str, complaint: str) -> None:
+    """Debian gives a machine's own name 127.0.1.1, and the others waited there for minutes."""
+    with pytest.raises(HostError, match=complaint) as caught:
+        head_address([Host(name, 2), Host("b", 2)])
+    assert f"{name} slots=2 address=" in caught.value.hint
+
+
+def test_the_interface_is_the_one_with_the_way() -> None:
+    assert interface_to("127.0.0.1") == "lo"
+    assert interface_to("no address") is None
+
+
+def test_what_failed_on_a_node_before_torchrun_is_in_its_record(stub: Stub) -> None:
+    attempt = stub.attempt()
+    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "address": "192.0.2.1"})
+    with node(stub, attempt, ranks=0) as process:
+        assert process.wait(10) == 1
+    error = rundir.read_json(attempt.node(0))["error"]
+    assert error["message"].startswith("localhost cannot listen at 192.0.2.1: ") and error["code"] == 3
+    assert "error: localhost cannot listen" in attempt.node_log(0).read_text()

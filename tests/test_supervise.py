@@ -48,7 +48,7 @@ def test_a_run_to_its_last_step(stub: Stub) -> None:
     assert done.returncode == ExitCode.FINISHED, done.stderr
     (attempt,) = stub.run.attempts()
     assert not attempt.failure.exists()
-    assert [row["event"] for row in rundir.read_lines(attempt.supervisor)] == ["started", "ended"]
+    assert [row["event"] for row in rundir.read_lines(attempt.supervisor)] == ["started", "node ended", "ended"]
     assert gone(stub.pids(), within_s=0)
     assert stub.run.root.stat().st_mode & 0o777 == 0o700
     assert attempt.env.stat().st_mode & 0o777 == 0o600
@@ -125,7 +125,7 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
         interrupt(process, signal.SIGKILL)
         process.wait()
         assert gone(pids, within_s=10)
-    wait_until(lambda: stub.run.attempts()[0].node(0).exists())
+    wait_until(lambda: rundir.read_json(stub.run.attempts()[0].node(0))["returncode"] is not None)
     assert rundir.holder(stub.run) is None
     done = stub.speechctl("status", str(stub.run.root))
     assert "state   stopped on request, with its work sealed" in done.stdout  # the ranks had the time to seal

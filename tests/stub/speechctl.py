@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher import cli, hosts
+from launcher import cli, environment, hosts
 from launcher import plan as plans
 from launcher.plan import Plan
 from launcher.recipe import Recipe
@@ -26,7 +26,9 @@ FACTS = {
 
 
 def made_up(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
-    return plans.make(value, hosts.local(value.launch.processes, 0), FACTS), FACTS
+    launch = value.launch
+    machines = hosts.local(launch.processes, 0) if launch.hostfile is None else environment.machines(value)
+    return plans.make(value, machines, FACTS), FACTS
 
 
 if __name__ == "__main__":

@@ -22,14 +22,17 @@ def main(argv: list[str]) -> int:
     behaviour = json.loads((STUB / "behaviour.json").read_text())
     attempt = Path(argv[argv.index("train") + 1])
     record = {"argv": sys.orig_argv, "variables": dict(os.environ), "cwd": os.getcwd(), "pid": os.getpid()}
-    (attempt / ".torchrun.json").write_text(json.dumps(record))
-    (attempt / ".torchrun.json").rename(attempt / "torchrun.json")
+    node_rank = value(argv, "node-rank")
+    name = f"torchrun-{node_rank}.json" if node_rank else "torchrun.json"
+    (attempt / f".{name}").write_text(json.dumps(record))
+    (attempt / f".{name}").rename(attempt / name)
     time.sleep(behaviour["start_s"])
     if behaviour["says"]:
         print(behaviour["says"], file=sys.stderr)
         return 1
-    world = int(next(a for a in argv if a.startswith("--nproc-per-node=")).partition("=")[2])
-    ranks = [start(k, world, behaviour["ranks"][k], attempt) for k in range(world)]
+    slots = [host["slots"] for host in json.loads((attempt / "hosts.json").read_text())]
+    first, count, world = sum(slots[:node_rank]), value(argv, "nproc-per-node"), sum(slots)
+    ranks = [start(first + k, world, behaviour["ranks"][first + k], attempt) for k in range(count)]
     while True:
         codes = [rank.poll() for rank in ranks]
         if all(code == 0 for code in codes):
@@ -46,13 +49,17 @@ def main(argv: list[str]) -> int:
     for rank in ranks:
         rank.kill()
         rank.wait()
-    others = [k for k in range(world) if k not in failed[:1] and ranks[k].returncode]
+    others = [k for k in range(count) if k not in failed[:1] and ranks[k].returncode]
     print("E0101 00:00:00.000 1 torch/distributed/elastic/multiprocessing/api.py:1002] failed", file=sys.stderr)
     print("launcher.worker FAILED\nFailures:", file=sys.stderr)
     for number, k in enumerate(others, start=1):
-        print(fate(number, k, ranks[k]), file=sys.stderr)
-    print(f"Root Cause (first observed failure):\n{fate(0, failed[0], ranks[failed[0]])}", file=sys.stderr)
+        print(fate(number, first + k, ranks[k]), file=sys.stderr)
+    print(f"Root Cause (first observed failure):\n{fate(0, first + failed[0], ranks[failed[0]])}", file=sys.stderr)
     return 1
+
+
+def value(argv: list[str], option: str) -> int:
+    return int(next(a for a in argv if a.startswith(f"--{option}=")).partition("=")[2])
 
 
 def start(rank: int, world: int, behaviour: str, attempt: Path) -> subprocess.Popen[bytes]:

@@ -1,0 +1,168 @@
+"""Runs over real ssh: on several hosts a run ends in good order, and whatever dies is named and ends alone nowhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher import rundir
+from launcher.errors import ExitCode
+from tests.cluster.conftest import Cluster, empty, processes_of
+from tests.conftest import RECIPE, Stub, wait_until
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def three(stub: Stub, cluster: Cluster) -> Stub:
+    """A stub of a rank on each of three hosts, started at the desk."""
+    hostfile = cluster.hostfile(stub.root / "hosts", *cluster.hosts)
+    launch = f"{{backend: ssh, hostfile: {hostfile}, stop_grace: 5s}}"
+    stub.recipe.write_text(RECIPE.replace("{processes: 2, stop_grace: 2s}", launch))
+    stub.command = cluster.desk("env", "-C", str(stub.root), *stub.command)
+    stub.behave("deaf", "deaf", "deaf")
+    return stub
+
+
+@contextmanager
+def training(stub: Stub) -> Iterator[subprocess.Popen[str]]:
+    """`speechctl launch` under way, with all ranks up."""
+    options: dict[str, Any] = {"env": stub.env, "cwd": stub.root, "text": True}
+    command = [*stub.command, "launch", "stub.yaml"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        try:
+            wait_until(lambda: stub.run.attempts() and len(list(stub.run.attempts()[0].ranks.glob("rank-*.json"))) == 3)
+            yield process
+        finally:
+            process.kill()
+            for left in processes_of(stub.run.root):
+                left.kill()
+
+
+def failure_of(stub: Stub) -> dict[str, Any]:
+    value: dict[str, Any] = rundir.read_json(stub.run.attempts()[-1].failure)
+    return value
+
+
+def test_a_run_on_three_hosts(three: Stub, cluster: Cluster) -> None:
+    three.behave("train 50", "train 50", "train 50")
+    done = three.speechctl("launch", "stub.yaml")
+    assert done.returncode == ExitCode.FINISHED, done.stderr
+    (attempt,) = three.run.attempts()
+    for k, (name, address) in enumerate(cluster.hosts.items()):
+        assert rundir.read_json(attempt.rank(k))["host"] == name
+        record = rundir.read_json(attempt.node(k))
+        assert (record["host"], record["interface"], record["returncode"]) == (name, "eth0", 0)
+        assert f"node {k}: the ranks meet at {cluster.hosts['node1']}" in attempt.node_log(k).read_text()
+        assert record["address"] == cluster.hosts["node1"] and address
+    variables = rundir.read_json(attempt.root / "torchrun-2.json")["variables"]
+    assert variables["GLOO_SOCKET_IFNAME"] == "eth0" and "NCCL_SOCKET_IFNAME" not in variables
+    assert empty(three.run.root, within_s=0)
+
+
+def test_ctrl_c_stops_ranks_everywhere(three: Stub) -> None:
+    three.behave("train", "train", "train")
+    with training(three) as process:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode == ExitCode.STOPPED
+        assert empty(three.run.root, within_s=0)
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_is_named(three: Stub, cluster: Cluster) -> None:
+    with training(three) as process:
+        bystander = subprocess.Popen(["sleep", "60"])
+        pid = rundir.read_json(three.run.attempts()[0].rank(2))["pid"]
+        assert cluster.on("node3", "kill", "-KILL", str(pid)).returncode == 0
+        _, stderr = process.communicate(timeout=40)
+        assert process.returncode == ExitCode.INFRASTRUCTURE
+        assert "error: rank 2 on node3 was ended by SIGKILL" in stderr
+        assert empty(three.run.root, within_s=0)
+        assert bystander.poll() is None
+        bystander.kill()
+        bystander.wait()
+
+
+def test_nothing_is_left_anywhere_of_a_launcher_that_is_killed(three: Stub) -> None:
+    with training(three) as process:
+        assert psutil.Process(process.pid).cmdline()[-2:] == ["launch", "stub.yaml"], "it is the launcher itself"
+        assert processes_of(three.run.root)
+        os.kill(process.pid, signal.SIGKILL)
+        assert empty(three.run.root, within_s=40)
+
+
+def test_a_host_that_is_cut_off_is_named_and_nothing_goes_on(three: Stub, cluster: Cluster) -> None:
+    with training(three) as process:
+        cluster.cut("node1")
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == ExitCode.INFRASTRUCTURE
+        assert "error: lost node1: Timeout, server node1 not responding." in stderr
+        assert failure_of(three)["message"].startswith("lost node1: ")
+        assert empty(three.run.root, within_s=10), "no word reached node1, but it reads that the lease is over"
+
+
+def test_a_host_that_hears_nothing_any_more_ends_its_ranks(three: Stub, cluster: Cluster) -> None:
+    """Cut off, and then the launcher is killed: nobody closes its standard input, and nobody ends the lease."""
+    with training(three) as process:
+        cluster.cut("node3")
+        process.kill()
+        assert empty(three.run.root, within_s=50)
+    record = rundir.read_json(three.run.attempts()[0].node(2))
+    assert record["asked"] == "nothing was heard of the launcher for 30 s"
+
+
+def test_a_host_with_an_unknown_key_is_refused(three: Stub, cluster: Cluster) -> None:
+    cluster.trust("node1", "node3")
+    began = time.monotonic()
+    done = three.speechctl("launch", "stub.yaml")
+    assert done.returncode == ExitCode.HOST
+    assert time.monotonic() - began < 20
+    assert "error: cannot start a node on node2: Host key verification failed." in done.stderr
+    assert "`ssh node2` asks once" in done.stderr
+    assert empty(three.run.root, within_s=0)
+
+
+def test_a_host_that_cannot_be_reached_is_named(three: Stub, cluster: Cluster) -> None:
+    cluster.cut("node2")
+    began = time.monotonic()
+    done = three.speechctl("launch", "stub.yaml")
+    assert done.returncode == ExitCode.HOST
+    assert time.monotonic() - began < 20
+    assert "error: cannot start a node on node2: ssh: connect to host node2 port 22: " in done.stderr
+    assert empty(three.run.root, within_s=0)
+
+
+@pytest.mark.ranks
+def test_two_hosts_train_as_one_machine_does(cluster: Cluster, tmp_path: Path) -> None:
+    """ZeRO-2 over ssh on two hosts: every loss and gradient norm equals those of two ranks here, as hex floats."""
+    pytest.importorskip("espeakng_loader", reason="needs the extra `demo`: pip install 'speechctl[demo]'")
+    from launcher.rundir import Run
+    from tests.worker.runs import SPEECHCTL, numbers, speechctl, write_recipe
+
+    recipe = str(write_recipe(tmp_path, tmp_path))
+    short = ["--set", "max_steps=12"]
+    done = speechctl("pack", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = speechctl("launch", recipe, *short, "--set", "run_dir=here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    hostfile = cluster.hostfile(tmp_path / "hosts", "node1", "node2")
+    hosts = ["--set", f"launch={{backend: ssh, hostfile: {hostfile}}}", "--set", f"run_dir={tmp_path}/there"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here, where two ranks share the processors
+    command = [*SPEECHCTL, "launch", recipe, *short, *hosts]
+    done = cluster.at_desk("env", "-C", str(tmp_path), *command, timeout=400, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    here, there = numbers(Run(tmp_path / "here")), numbers(Run(tmp_path / "there"))
+    assert len(there) == 12 and here == there
+    assert {rundir.read_json(Run(tmp_path / "there").attempts()[0].rank(k))["host"] for k in range(2)} == {
+        "node1",
+        "node2",
+    }
