@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -224,7 +225,7 @@ def resume(
     """
     import dataclasses
 
-    from launcher import environment, recipe_file, report, rundir, ui
+    from launcher import environment, new_run, recipe_file, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
@@ -237,6 +238,7 @@ def resume(
             ui.say(f"{where.root} is finished")
             _show(where)
             return
+        new_run.refuse_edited(where)
         value = recipe_file.load(where.resolved)
         if debug and (value.zero_stage != "off" or value.launch.processes != 1):
             raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {where.root}`")
@@ -297,12 +299,20 @@ def evaluate(
     subset: Subsets = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Compute the WER of a sealed checkpoint, in one process."""
+    """Compute the WER of a sealed checkpoint, in one process and in fp32."""
+    import re
+
     from launcher import ui
+    from launcher.errors import UsageError
+    from launcher.recipe import NAME
     from launcher.rundir import Run
 
     where = Run(run)
     step = _which(where, checkpoint)
+    subset = list(dict.fromkeys(subset))
+    for name in subset:
+        if not re.fullmatch(NAME, name):
+            raise UsageError(f"--subset {name!r} is no subset's name", hint="such as --subset dev-clean")
     name = "-".join([f"step-{step:08d}.evaluate", *subset])
     options = [x for s in subset for x in ("--subset", s)]
     target = where.evaluations / f"{name}.json"
@@ -426,18 +436,21 @@ def _show(run: Run) -> None:
     from launcher import report, ui
 
     value = report.read(run)
-    at = value.best["step"] if value.best else (value.evaluations[-1]["step"] if value.evaluations else 0)
+    root = shlex.quote(str(run.root))
+    at = value.best["step"] if value.best else (value.sealed[-1] if value.sealed else 0)
+    heard_at = value.best["step"] if value.best else (value.evaluations[-1]["step"] if value.evaluations else 0)
     if value.state == "running":
-        commands = [f"speechctl status {run.root}", f"speechctl stop {run.root}"]
+        commands = [f"speechctl status {root}", f"speechctl stop {root}"]
     elif value.state == "finished":
+        which = "" if value.best else " --checkpoint last"
         commands = [
-            f"speechctl evaluate {run.root}",
-            f"speechctl export {run.root}",
-            f"speechctl transcribe {run.exports}/step-{at:08d} FILE.flac",
+            f"speechctl evaluate {root}{which}",
+            f"speechctl export {root}{which}",
+            f"speechctl transcribe {shlex.quote(f'{run.exports}/step-{at:08d}')} FILE.flac",
         ]
     else:
-        commands = [f"speechctl resume {run.root}"]
-    ui.report(value, report.samples(run, at, 4), commands)
+        commands = [f"speechctl resume {root}"]
+    ui.report(value, report.samples(run, heard_at, 4), commands)
 
 
 def _which(run: Run, checkpoint: str) -> int:
@@ -452,7 +465,8 @@ def _which(run: Run, checkpoint: str) -> int:
     value = report.read(run)
     best = value.best["step"] if value.best else None
     named = {"best": best, "last": value.sealed[-1] if value.sealed else None}
-    step = named.get(checkpoint, int(checkpoint) if checkpoint.isdigit() else None)
+    number = int(checkpoint) if checkpoint.isascii() and checkpoint.isdigit() else None
+    step = named.get(checkpoint, number)
     if step is None or step not in value.sealed:
         if not value.sealed:
             raise NotFoundError(

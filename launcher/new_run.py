@@ -40,7 +40,7 @@ def create(run: Run, recipe: Path, resolved: Path, made: Plan, facts: Mapping[st
         rundir.write_json(staged.plan, made.to_json())
         if made.deepspeed is not None:
             rundir.write_json(staged.deepspeed, made.deepspeed)
-        rundir.write_json(staged.provenance, provenance(facts))
+        rundir.write_json(staged.provenance, provenance(facts) | {"resolved": rundir.digest_file(staged.resolved)})
         try:
             os.rename(staged.root, run.root)
         except OSError as error:  # another launch was quicker
@@ -81,3 +81,16 @@ def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
         "host": os.uname().nodename,
         "created": time.time(),
     }
+
+
+def refuse_edited(run: Run) -> None:
+    """
+    Raises:
+        UsageError: resolved.yaml is not what the run was launched with; half a run would be of another recipe.
+    """
+    recorded = (rundir.read_json(run.provenance) or {}).get("resolved")
+    if recorded is not None and recorded != rundir.digest_file(run.resolved):
+        raise UsageError(
+            f"{run.resolved} was changed after the run was launched",
+            hint="restore it; for other values launch another run, with --set run_dir=…",
+        )

@@ -66,6 +66,7 @@ def torchrun_argv(
         f"--master-addr={meeting['address']}",
         f"--master-port={meeting['port']}",
         "--max-restarts=0",
+        f"--log-dir={attempt / 'logs' / 'torchrun'}",  # or it leaves an empty directory in /tmp at every start
         *("-m", WORKER, "train", str(attempt)),
     ]
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # Quantities ----------------------------------------------------------------------------------------------------------
 
@@ -55,8 +55,16 @@ Seconds = Annotated[float, BeforeValidator(lambda v: _with_unit(v, _SECONDS, "30
 Bytes = Annotated[int, BeforeValidator(lambda v: _with_unit(v, _BYTES, "64MiB")), Field(gt=0)]
 Count = Annotated[int, BeforeValidator(lambda v: _with_unit(v, _COUNT, "10k")), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Location = Annotated[Path, BeforeValidator(_plain_path), Field(strict=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+
+
+def _each_once(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("expected each subset once; one that is named twice would count twice")
+    return names
 
 
 class Section(BaseModel):
@@ -121,7 +129,7 @@ class Data(Section):
     packs: Annotated[Location, Field(examples=["data/packs"])]
     """Where the packs are: one directory for each subset."""
 
-    train: Annotated[list[Name], Field(min_length=1, examples=["[train-clean-100]"])]
+    train: Annotated[list[Name], AfterValidator(_each_once), Field(min_length=1, examples=["[train-clean-100]"])]
     """Subsets to train on, by LibriSpeech's names: `train-clean-100`, …"""
 
     min_utterance: Seconds = 0.1
@@ -228,7 +236,7 @@ class Optimizer(Section):
     learning_rate: Annotated[float, Field(gt=0, examples=["1e-4"])]
     """Peak of the schedule. The optimizer is AdamW."""
 
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.98]
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.98]
     """Decay of the first and second moment."""
 
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -264,7 +272,7 @@ class TriStage(Section):
 
 
 class Evaluate(Section):
-    subsets: Annotated[list[Name], Field(min_length=1, examples=["[dev-clean]"])]
+    subsets: Annotated[list[Name], AfterValidator(_each_once), Field(min_length=1, examples=["[dev-clean]"])]
     """Subsets to evaluate on; WER is over all of them together, and for each."""
 
     every_steps: Annotated[Count, Field(ge=1)] | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher import rundir
-from launcher.errors import ExitCode, NotFoundError
+from launcher.errors import DataError, ExitCode, NotFoundError
 from launcher.rundir import Run
 
 
@@ -54,12 +54,23 @@ def read(run: Run) -> Report:
     """
     Raises:
         NotFoundError: there is no run in that directory.
+        DataError: one of its files is not what speechctl writes.
     """
     if not run.exists():
         raise NotFoundError(
             f"{run.root} is not a run: it has no {run.resolved.name}",
             hint="give the directory of a run, such as runs/NAME; `speechctl launch RECIPE` makes one",
         )
+    try:
+        return _read(run)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise DataError(
+            f"a file of {run.root} is not what speechctl writes ({type(error).__name__}: {error})",
+            hint="plan.json, best.json, exit.json and the like are not for editing; restore what was there",
+        ) from error
+
+
+def _read(run: Run) -> Report:
     plan = rundir.read_json(run.plan)
     attempts = run.attempts()
     paths = [p for p in sorted(run.evaluations.glob("step-*.json")) if p.name.count(".") == 1]

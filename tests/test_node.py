@@ -38,6 +38,7 @@ def test_torchrun_is_told_everything_by_arguments_that_hold_no_value_of_the_reci
         "--master-addr=10.0.0.1",
         "--master-port=29500",
         "--max-restarts=0",
+        "--log-dir=/runs/x/attempts/0003/logs/torchrun",
         "-m",
         "launcher.worker",
         "train",

@@ -67,6 +67,7 @@ class Identity:
     precision: str
     backbone: str
     packs: str
+    evaluation: str
     order: str
 
     def refuse(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -77,6 +78,7 @@ class Identity:
             "precision": "resume in the precision it was trained in",
             "backbone": "the model changed; start a new run for another model",
             "packs": "the packs changed; start a new run on other data",
+            "evaluation": "the packs to evaluate on changed, and its WER cannot be compared; start a new run on others",
             "order": "the seed, batch.step_seconds or the limits of data changed; start a new run for other values",
         }
         for name, hint in hints.items():
@@ -105,6 +107,9 @@ class Checkpoints:
         if self.ranks.rank == 0:
             for leftover in sorted(self.run.checkpoints.glob(".attempt-*")):
                 _remove(leftover)
+            for torn in self.run.checkpoints.glob("step-*"):
+                if not (torn / rundir.MANIFEST).is_file():  # not ours to seal, and in the way of the one that will be
+                    _free_name(torn.with_name(f".bad-{torn.name}"), torn)
             for leftover in self.run.checkpoints.glob(".trash-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         self.ranks.barrier()

@@ -10,11 +10,13 @@ import math
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from launcher.recipe import Recipe
+from launcher.rundir import storage_errors
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
 from launcher.worker.ranks import Ranks
@@ -85,6 +87,23 @@ def optimizer_for(model: SpeechModel, recipe: Recipe) -> torch.optim.AdamW:
     )
 
 
+def save_tensors(state: Any, path: Path) -> None:
+    """torch.save, not yet fsynced: `Checkpoints` does that for all files of a rank.
+
+    Raises:
+        StorageError: the disk is full or failing; torch's own writer only says that a position was unexpected.
+    """
+    with storage_errors(path):
+        file = path.open("wb", buffering=0)
+        try:
+            torch.save(state, file)
+        except RuntimeError:
+            file.write(b"\0" * 2**16)  # raises the OSError that torch swallowed, where the disk is the reason
+            raise
+        finally:
+            file.close()
+
+
 class AccelerateEngine(Engine):
     """One process, or plain data parallel: no DeepSpeed anywhere near, so that a debugger sees an ordinary model."""
 
@@ -132,7 +151,7 @@ class AccelerateEngine(Engine):
         if self.accelerator.process_index != 0:
             return []
         path = folder / "accelerate.pt"
-        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+        save_tensors({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
         return [path]
 
     def load(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from launcher.recipe import Recipe
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
-from launcher.worker.engine import Engine, optimizer_for
+from launcher.worker.engine import Engine, optimizer_for, save_tensors
 from launcher.worker.ranks import Ranks
 
 TAG = "deepspeed"
@@ -123,7 +123,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
-            torch.save(state_dict, path)  # fsynced with the other files of this rank, by `Checkpoints`
+            save_tensors(state_dict, Path(path))
             self.written.append(Path(path))
         except Exception as error:
             self.error = self.error or error

@@ -113,6 +113,7 @@ class Training:
             precision=self.recipe.precision,
             backbone=rundir.digest_json(self.recipe.backbone.model_dump()),
             packs=self.data.utterances.digest,
+            evaluation=self.evaluator.utterances.digest,
             order=self.sampler.identity(),
         )
         self.checkpoints = Checkpoints(attempt, self.engine, ranks, identity, self.recipe.checkpoint.keep_last)
@@ -318,9 +319,13 @@ class Training:
         return True
 
     def _mark_best(self) -> None:
-        if self.ranks.rank == 0 and self.progress.best_step > 0:
+        if self.ranks.rank != 0:
+            return
+        if self.progress.best_step > 0:
             best = {"step": self.progress.best_step, "wer": self.progress.best_wer}
             rundir.write_json(self.run.best, best)
+        else:
+            self.run.best.unlink(missing_ok=True)
 
     def seal(self) -> None:
         """Seal a checkpoint of this step, unless there is one; a failure is recorded and training goes on."""

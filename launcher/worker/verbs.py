@@ -95,7 +95,7 @@ def facts(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """WER of one sealed checkpoint, in this process."""
+    """WER of one sealed checkpoint, in this process and in fp32, whatever the run computed in."""
     from launcher.worker.data import to_device
     from launcher.worker.evaluate import Evaluator
     from launcher.worker.ranks import Ranks
@@ -157,10 +157,11 @@ def export(options: argparse.Namespace) -> int:
     target: Path = options.target
     staged = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    staged.mkdir()
+    with rundir.storage_errors(staged):
+        staged.mkdir(parents=True)
     try:
-        write_export(restored(run, recipe, options.step), staged)
+        with rundir.storage_errors(staged):
+            write_export(restored(run, recipe, options.step), staged)
         source = {
             "run": str(run.root),
             "step": options.step,

@@ -15,11 +15,11 @@ from launcher.errors import DataError, InfrastructureError, StorageError, UsageE
 from launcher.rundir import Attempt, Run
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress, rng_state, set_rng_state
 from launcher.worker.data import Tensors
-from launcher.worker.engine import Engine
+from launcher.worker.engine import Engine, save_tensors
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import Cursor, Segment
 
-IDENTITY = Identity(world_size=1, zero_stage="2", precision="fp32", backbone="b", packs="p", order="o")
+IDENTITY = Identity(world_size=1, zero_stage="2", precision="fp32", backbone="b", packs="p", evaluation="e", order="o")
 
 
 class OneNumber(Engine):
@@ -124,7 +124,7 @@ def test_a_run_that_never_sealed_starts_at_step_0(attempt: Attempt) -> None:
     assert checkpoints(attempt).restore(fresh=False) == (None, [])
 
 
-@pytest.mark.parametrize("field", ["world_size", "zero_stage", "precision", "backbone", "packs", "order"])
+@pytest.mark.parametrize("field", ["world_size", "zero_stage", "precision", "backbone", "packs", "evaluation", "order"])
 def test_a_run_of_another_shape_is_refused_and_nothing_is_put_aside(attempt: Attempt, field: str) -> None:
     saved(attempt, 5)
     other = Identity(**{**vars(IDENTITY), field: 4 if field == "world_size" else "other"})
@@ -161,6 +161,24 @@ def test_what_cannot_be_read_is_not_put_aside(attempt: Attempt, monkeypatch: pyt
     with pytest.raises(StorageError, match="Stale file handle"):
         them.restore(fresh=False)
     assert attempt.run.sealed_steps() == [5]
+
+
+def test_a_step_without_a_manifest_is_out_of_the_way(attempt: Attempt) -> None:
+    """A partial copy had no manifest: nobody saw it, and the seal of that step failed for ever."""
+    saved(attempt, 5, 10)
+    (attempt.run.checkpoint(10) / rundir.MANIFEST).unlink()
+    them = checkpoints(attempt.run.new_attempt())
+    them.fence()
+    progress, _ = them.restore(fresh=False)
+    assert progress is not None and progress.step == 5
+    assert them.save(Progress(step=10)) is None
+    assert [p.name for p in attempt.run.checkpoints.glob(".bad-*")] == [".bad-step-00000010"]
+
+
+def test_a_full_disk_is_named() -> None:
+    """torch's writer only said `unexpected pos 342720 vs 342608`."""
+    with pytest.raises(StorageError, match="No space left on device"):
+        save_tensors({"x": torch.zeros(1000)}, Path("/dev/full"))
 
 
 def test_a_new_attempt_fences_the_old_one(attempt: Attempt) -> None:
