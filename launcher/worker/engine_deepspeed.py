@@ -25,8 +25,9 @@ TAG = "deepspeed"
 class DeepSpeedEngine(Engine):
     def __init__(self, model: SpeechModel, recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> None:
         # Without this DeepSpeed compiles a shared-memory collective for CPUs at its first start (measured: 1.5-2
-        # minutes of g++, and 69 MB left in /dev/shm); gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # minutes of g++, and 69 MB left in /dev/shm); gloo does without. Assigned, not changed: reading the table that
+        # is there would probe every operation of DeepSpeed's, with a compiler.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo")
         self.model = model
         self.device = ranks.device
