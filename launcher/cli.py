@@ -357,13 +357,13 @@ def transcribe(
     as_json: AsJson = False,
 ) -> None:
     """Print what a model hears in sound files."""
-    from launcher import ui
     from launcher.errors import printable
 
     said = _worker("transcribe", "--", str(model), *map(str, files), parse=False).splitlines()
     for line in (text for text in said if text.startswith("{")):  # libraries may say something too
         row = json.loads(line)
-        ui.answer(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
+        # Not through rich, which makes blanks of a tab: this is for `cut -f2`.
+        print(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
 
 
 # What the commands share ---------------------------------------------------------------------------------------------

@@ -103,6 +103,18 @@ def test_every_epoch_reads_every_utterance_once(whole: Run) -> None:
         assert len(ids) == len(set(ids)) == 40
 
 
+def test_export_and_transcribe_hear_what_training_heard(whole: Run, tmp_path: Path) -> None:
+    """A line for each file, name and text with a tab between, and the very words of the last evaluation."""
+    rows = read_lines(whole.hypotheses(24))[:3]
+    files = [next((whole.root.parent / "corpus").rglob(f"{row['utt_id']}.flac")) for row in rows]
+    done = speechctl("export", str(whole.root), "model", "--checkpoint", "24", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = speechctl("transcribe", "model", *map(str, files), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    wanted = [f"{file}\t{row['text']}" for file, row in zip(files, rows, strict=True)]
+    assert done.stdout.splitlines() == wanted
+
+
 def _more_attempts(run: Run, than: int) -> bool:
     return len(run.attempts()) > than
 
