@@ -44,6 +44,8 @@ class Run:
         self.evaluations = self.root / "evaluations"
         self.exports = self.root / "exports"
         self.tensorboard = self.root / "tensorboard"
+        self.slurm = self.root / "slurm"
+        self.avoided = self.root / "avoided.jsonl"
 
     def exists(self) -> bool:
         return self.resolved.is_file()
@@ -61,7 +63,7 @@ class Run:
         attempt = Attempt(self.attempts_dir / f"{max(numbers, default=0) + 1:04d}")
         self.attempts_dir.mkdir(exist_ok=True)
         attempt.root.mkdir()
-        for folder in (attempt.logs, attempt.failures, attempt.ranks, attempt.ledger_dir):
+        for folder in (attempt.logs, attempt.failures, attempt.ranks, attempt.ledger_dir, attempt.stacks):
             folder.mkdir()
         sync_dir(self.attempts_dir)
         return attempt
@@ -103,6 +105,7 @@ class Attempt:
         self.events = root / "events.jsonl"
         self.metrics = root / "metrics.jsonl"
         self.ledger_dir = root / "ledger"
+        self.stacks = root / "stacks"
 
     def node(self, node_rank: int) -> Path:
         return self.root / f"node-{node_rank:03d}.json"

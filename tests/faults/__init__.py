@@ -1,0 +1,1 @@
+"""What dies, on every backend, and what the launcher must make of it."""
