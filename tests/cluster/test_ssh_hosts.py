@@ -16,8 +16,10 @@ import pytest
 
 from launcher import rundir
 from launcher.errors import ExitCode
+from launcher.rundir import Run
 from tests.cluster.conftest import Cluster, empty, processes_of
 from tests.conftest import RECIPE, Stub, wait_until
+from tests.worker.runs import SPEECHCTL, numbers, speechctl, write_recipe
 
 pytestmark = pytest.mark.cluster
 
@@ -141,28 +143,34 @@ def test_a_host_that_cannot_be_reached_is_named(three: Stub, cluster: Cluster) -
     assert empty(three.run.root, within_s=0)
 
 
-@pytest.mark.ranks
-def test_two_hosts_train_as_one_machine_does(cluster: Cluster, tmp_path: Path) -> None:
-    """ZeRO-2 over ssh on two hosts: every loss and gradient norm equals those of two ranks here, as hex floats."""
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a recipe of the smallest real training, packed."""
     pytest.importorskip("espeakng_loader", reason="needs the extra `demo`: pip install 'speechctl[demo]'")
-    from launcher.rundir import Run
-    from tests.worker.runs import SPEECHCTL, numbers, speechctl, write_recipe
+    folder = tmp_path_factory.mktemp("packed")
+    done = speechctl("pack", str(write_recipe(folder, folder)), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
 
-    recipe = str(write_recipe(tmp_path, tmp_path))
-    short = ["--set", "max_steps=12"]
-    done = speechctl("pack", recipe, cwd=tmp_path)
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("nodes", "stage"), [(2, 2), (2, 3), (3, 2)])
+def test_hosts_train_as_one_machine_does(
+    cluster: Cluster, packed: Path, tmp_path: Path, nodes: int, stage: int
+) -> None:
+    """Over ssh every loss and gradient norm equals those of as many ranks here, as hex floats."""
+    short = ["--set", "max_steps=12", "--set", f"zero_stage={stage}"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # everywhere: sums depend on how they are divided
+    launch = ["launch", str(packed / "recipe.yaml"), *short, "--set"]
+    here = [*launch, f"launch.processes={nodes}", "--set", f"run_dir={tmp_path}/here"]
+    done = speechctl(*here, cwd=tmp_path, env=one_thread)
     assert done.returncode == 0, done.stderr
-    done = speechctl("launch", recipe, *short, "--set", "run_dir=here", cwd=tmp_path)
+    names = list(cluster.hosts)[:nodes]
+    hostfile = cluster.hostfile(tmp_path / "hosts", *names)
+    there = [*launch, f"launch={{backend: ssh, hostfile: {hostfile}}}", "--set", f"run_dir={tmp_path}/there"]
+    done = cluster.at_desk("env", "-C", str(tmp_path), *SPEECHCTL, *there, timeout=400, env=one_thread)
     assert done.returncode == 0, done.stderr
-    hostfile = cluster.hostfile(tmp_path / "hosts", "node1", "node2")
-    hosts = ["--set", f"launch={{backend: ssh, hostfile: {hostfile}}}", "--set", f"run_dir={tmp_path}/there"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here, where two ranks share the processors
-    command = [*SPEECHCTL, "launch", recipe, *short, *hosts]
-    done = cluster.at_desk("env", "-C", str(tmp_path), *command, timeout=400, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    here, there = numbers(Run(tmp_path / "here")), numbers(Run(tmp_path / "there"))
-    assert len(there) == 12 and here == there
-    assert {rundir.read_json(Run(tmp_path / "there").attempts()[0].rank(k))["host"] for k in range(2)} == {
-        "node1",
-        "node2",
-    }
+    run = Run(tmp_path / "there")
+    assert len(numbers(run)) == 12 and numbers(run) == numbers(Run(tmp_path / "here"))
+    assert [rundir.read_json(run.attempts()[0].rank(k))["host"] for k in range(nodes)] == names
+    assert rundir.read_json(run.deepspeed)["zero_optimization"]["stage"] == stage
