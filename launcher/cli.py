@@ -406,12 +406,16 @@ def _worker(*arguments: str, parse: bool = True) -> Any:
 
 def _plan(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
     """What the recipe comes to on this machine, and the facts it was made from."""
-    from launcher import environment
+    from launcher import environment, facts
     from launcher import plan as plans
 
     machines = environment.machines(value)
-    facts = _worker("facts", str(path), "--world-size", str(sum(h.slots for h in machines)))
-    return plans.make(value, machines, facts), facts
+    world_size = sum(h.slots for h in machines)
+    told = facts.known(value, world_size)
+    if told is None:
+        told = dict(_worker("facts", str(path), "--world-size", str(world_size)))
+        facts.remember(value, world_size, told)
+    return plans.make(value, machines, told), told
 
 
 def _attempt(run: Run, value: Recipe, made: Plan, *, fresh: bool, debug: bool) -> None:

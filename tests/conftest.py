@@ -32,6 +32,13 @@ GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 # Every other test is about two ranks and exact numbers: on a machine with GPUs too it runs on the CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from the user's cache, and nothing left there."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 CHAPTERS = {
     "dev-clean": {(84, 121): 3, (174, 50): 2},
     "train-clean-100": {(19, 198): 4, (19, 227): 3, (26, 495): 3, (103, 1240): 2},

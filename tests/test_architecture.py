@@ -26,6 +26,7 @@ ORDER = (
     "recipe",
     "recipe_file",
     "rundir",
+    "facts",
     "hosts",
     "environment",
     "plan",

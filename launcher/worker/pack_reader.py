@@ -4,14 +4,14 @@ A pack is `index.json` and `shard.00000.mds` … as mosaicml-streaming's stock S
 for planning an epoch without touching the sound, `stats.json` for people, and the manifest that seals them. `pack.py`
 writes it.
 
-Importing this file is cheap: streaming, which takes five seconds to import, is imported by those who read sound, not
-by `lengths_of`.
+Importing this file and opening a pack are cheap: streaming, which takes long to import, waits for the first sound.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,22 @@ class Pack:
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        shards = _shards(path, manifest)
+        self._shards = _shards(path, manifest)
+        self.path = path
+        self.manifest = manifest
+        self.lengths = _mapped_lengths(path, manifest)
+        """Memory-mapped, in pack order; fields as in `LENGTHS`."""
+        self._starts: list[int] = list(accumulate((s["samples"] for s in self._shards), initial=0))
+
+    @cached_property
+    def _readers(self) -> list[Any]:
+        """Made at the first read: a rank starts its model while a thread imports streaming, and a plan does without."""
         from launcher.worker import shims
 
         shims.apply()
         from streaming.base.format import reader_from_json
 
-        self.path = path
-        self.manifest = manifest
-        self.lengths = _mapped_lengths(path, manifest)
-        """Memory-mapped, in pack order; fields as in `LENGTHS`."""
-        self._readers = [reader_from_json(str(path), None, shard) for shard in shards]
-        self._starts: list[int] = list(accumulate((s["samples"] for s in shards), initial=0))
+        return [reader_from_json(str(self.path), None, shard) for shard in self._shards]
 
     def __len__(self) -> int:
         return self._starts[-1]
