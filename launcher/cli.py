@@ -182,9 +182,12 @@ def launch(
     Ctrl-C asks the ranks to finish their step, seal a checkpoint and stop; a second one ends them at once. Either way
     `speechctl resume RUN` goes on from the newest checkpoint that verifies.
 
+    Where something under the run dies (a process, a host, a port that was taken) or a rank hangs, all ranks start again
+    from there by themselves, until launch.relaunch.attempts in a row have brought no new checkpoint.
+
     Exit codes: 0 finished, 1 the training code raised, 2 the command line or the recipe is wrong, 3 a host cannot be
     reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
-    something under the run died (resume), 77 out of memory.
+    something under the run died (resume), 77 out of memory, 78 no progress in several attempts (look into it first).
     """
     from launcher import new_run, ui
     from launcher.rundir import Run, RunLock
@@ -225,7 +228,7 @@ def resume(
     """
     import dataclasses
 
-    from launcher import environment, new_run, recipe_file, report, rundir, ui
+    from launcher import environment, new_run, recipe_file, recovery, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
@@ -243,7 +246,7 @@ def resume(
         if debug and (value.zero_stage != "off" or value.launch.processes != 1):
             raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {where.root}`")
         made = plans.Plan.from_json(rundir.read_json(where.plan))
-        machines = environment.machines(value)
+        machines = environment.machines(value, recovery.avoided(where))
         was, now = (sum(h.slots for h in some) for some in (made.hosts, machines))
         if was != now:
             place = "on this machine" if value.launch.hostfile is None else f"by {value.launch.hostfile}"
@@ -383,13 +386,13 @@ def _resolved(path: Path, overrides: list[str]) -> Iterator[tuple[Recipe, Path]]
 
 def _worker(*arguments: str, parse: bool = True) -> Any:
     """What a verb of the worker answered. It has printed its own error where it failed."""
-    from launcher import supervise
+    from launcher import account, supervise
     from launcher.errors import InfrastructureError, SpeechctlError
 
     done = supervise.ask_worker(list(arguments))
     if done.returncode < 0:
         raise InfrastructureError(
-            f"the worker's `{arguments[0]}` was ended by {supervise.by_signal(-done.returncode)}",
+            f"the worker's `{arguments[0]}` was ended by {account.name_of(-done.returncode)}",
             hint="look at the memory of this machine, then try again",
         )
     if done.returncode == 1:
@@ -419,16 +422,20 @@ def _plan(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
 
 
 def _attempt(run: Run, value: Recipe, made: Plan, *, fresh: bool, debug: bool) -> None:
-    """One attempt to its end; ends the command with its exit code."""
+    """Attempts to the end of the run; ends the command with its exit code."""
     from launcher import rundir, supervise, ui
     from launcher.errors import ExitCode
 
-    attempt = supervise.prepare_attempt(run, value.launch, made, fresh=fresh)
     progress = ui.Progress(value.max_steps)
-    code = supervise.run_debug(attempt) if debug else supervise.run_attempt(attempt, made, progress)
-    failure = rundir.read_json(attempt.failure)
+    if debug:
+        code = supervise.run_debug(supervise.prepare_attempt(run, value.launch, made, fresh=fresh))
+    else:
+        by_hand = "SLURM_RESTART_COUNT" not in os.environ  # a job that was requeued goes on counting
+        code = supervise.to_the_end(run, value, made, progress, fresh=fresh, by_hand=by_hand)
+    failure = rundir.read_json(run.attempts()[-1].failure)
     if failure is not None:
-        ui.error(f"error: {failure['message']}\n\nevidence: {failure['evidence']}\n\nhint: {failure['hint']}")
+        evidence = "\n          ".join(failure["evidence"])
+        ui.error(f"error: {failure['message']}\n\nevidence: {evidence}\n\nhint: {failure['hint']}")
         raise typer.Exit(code)
     _show(run)
     if code != ExitCode.FINISHED:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from launcher import hosts
-from launcher.errors import PreflightError, UsageError
+from launcher.errors import PreflightError, SpeechctlError, UsageError
 from launcher.hosts import Host
 from launcher.recipe import Recipe
 
@@ -87,8 +87,11 @@ def on_node(variables: Mapping[str, str], host: Host, device: str) -> dict[str, 
     return whole | base_variables(host.slots, device, whole)
 
 
-def machines(recipe: Recipe) -> list[Host]:
+def machines(recipe: Recipe, avoided: Collection[str] = ()) -> list[Host]:
     """The hosts that the recipe means, after what can be checked from here.
+
+    Args:
+        avoided: names of hosts whose place another takes, where the hostfile has more than are needed.
 
     Raises:
         UsageError: the hostfile cannot be used, or the run's path cannot be named in a remote shell as it is.
@@ -106,8 +109,21 @@ def machines(recipe: Recipe) -> list[Host]:
                 f"over ssh a run's path has letters, digits and /._@%+=:,- only, and this one is {recipe.run_path}",
                 hint="--set run_dir=… somewhere else, where all hosts see it at the same path",
             )
+        found = hosts.first(found, launch.nodes, avoided)
     check(recipe, found, gpus)
     return found
+
+
+def moved(recipe: Recipe, now: Sequence[Host], avoided: Collection[str]) -> list[Host]:
+    """Where the next attempt of a run runs that is on the hosts `now`: elsewhere where one of them is to be avoided and
+    a spare one can take its place; as many ranks in all cases."""
+    if recipe.launch.backend != "ssh":
+        return list(now)
+    try:
+        found = machines(recipe, avoided)
+    except SpeechctlError:  # somebody has edited the hostfile meanwhile
+        return list(now)
+    return found if [h.slots for h in found] == [h.slots for h in now] else list(now)
 
 
 def check(recipe: Recipe, machines: Sequence[Host], gpus: int) -> None:

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,29 @@ class Host:
 def local(processes: int | Literal["auto"], gpus: int) -> list[Host]:
     """This machine alone: as many ranks as asked for, or one for each GPU, or one."""
     return [Host("localhost", (gpus or 1) if processes == "auto" else processes)]
+
+
+def first(found: Sequence[Host], nodes: int | Literal["auto"], avoided: Collection[str] = ()) -> list[Host]:
+    """The first `nodes` hosts. One that is to be avoided gives its place to the first spare host with as many slots,
+    and keeps it where there is none: a run has as many ranks at every attempt.
+
+    Raises:
+        UsageError: there are fewer hosts.
+    """
+    count = len(found) if nodes == "auto" else nodes
+    if count > len(found):
+        raise UsageError(
+            f"launch.nodes asks for {count} hosts, and the hostfile's selection has {len(found)}",
+            hint="add hosts to the hostfile, or set launch.nodes to fewer",
+        )
+    spares = [host for host in found[count:] if host.name not in avoided]
+    chosen = list(found[:count])
+    for place, host in enumerate(chosen):
+        stand_in = next((s for s in spares if s.slots == host.slots), None) if host.name in avoided else None
+        if stand_in is not None:
+            spares.remove(stand_in)
+            chosen[place] = stand_in
+    return chosen
 
 
 def same_machine(facts: Mapping[str, str]) -> None:

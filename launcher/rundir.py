@@ -63,8 +63,8 @@ class Run:
         attempt = Attempt(self.attempts_dir / f"{max(numbers, default=0) + 1:04d}")
         self.attempts_dir.mkdir(exist_ok=True)
         attempt.root.mkdir()
-        for folder in (attempt.logs, attempt.failures, attempt.ranks, attempt.ledger_dir, attempt.stacks):
-            folder.mkdir()
+        for name in ("logs", "failures", "ranks", "ledger", "stacks", "progress"):
+            (attempt.root / name).mkdir()
         sync_dir(self.attempts_dir)
         return attempt
 
@@ -106,9 +106,22 @@ class Attempt:
         self.metrics = root / "metrics.jsonl"
         self.ledger_dir = root / "ledger"
         self.stacks = root / "stacks"
+        self.progress_dir = root / "progress"
+        self.alive = root / "alive"
 
     def node(self, node_rank: int) -> Path:
         return self.root / f"node-{node_rank:03d}.json"
+
+    def progress(self, node_rank: int) -> Path:
+        """What this node's ranks do, as its agent sees it, about once a second."""
+        return self.progress_dir / f"node-{node_rank:03d}.json"
+
+    def dumped(self, node_rank: int) -> Path:
+        """What this node's ranks did when the launcher asked for their stacks."""
+        return self.stacks / f"node-{node_rank:03d}.json"
+
+    def stack(self, rank: int) -> Path:
+        return self.stacks / f"rank-{rank:05d}.txt"
 
     def node_log(self, node_rank: int) -> Path:
         return self.logs / f"node-{node_rank:03d}.log"

@@ -1,30 +1,32 @@
-"""One attempt: start the nodes, watch, classify, decide the exit code. The same for every backend."""
+"""A run under way: attempt after attempt, until it ends. Each starts its nodes, watches them and ends them, and what
+follows a failure is decided in `recovery`. The same for every backend."""
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import math
 import os
-import re
 import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from launcher import environment, rundir
-from launcher.backends import BACKENDS, ssh
-from launcher.errors import ExitCode
-from launcher.hosts import Host
+from launcher import environment, recovery, rundir
+from launcher.backends import BACKENDS
+from launcher.errors import ExitCode, HostError
+from launcher.failure import Failure, conclude, resume
 from launcher.node import END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
 from launcher.plan import Plan
-from launcher.recipe import Launch
+from launcher.recipe import Launch, Recipe
+from launcher.recovery import note
 from launcher.rundir import Attempt, Run
 
 Tell = Callable[[dict[str, Any]], None]
@@ -38,6 +40,77 @@ def ask_worker(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment.base_variables(1)}
     command = [sys.executable, "-m", WORKER, *arguments]
     return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+
+
+# Attempt after attempt -----------------------------------------------------------------------------------------------
+
+
+def to_the_end(
+    run: Run, recipe: Recipe, plan: Plan, tell: Tell, *, fresh: bool = False, by_hand: bool = True
+) -> ExitCode:
+    """Go on with a run until it is finished, stopped, or nothing more is to be tried. The caller holds its lock.
+
+    Args:
+        fresh: put the checkpoints aside and start at step 0.
+        by_hand: a person asked for this: attempts without progress are counted anew.
+
+    Raises:
+        HostError: a node cannot be started.
+    """
+    with interrupts() as received:
+        while True:
+            wait_for_the_last(run, recipe.launch.stop_grace)
+            recovery.settle(run)
+            attempt = prepare_attempt(run, recipe.launch, plan, fresh=fresh)
+            note(attempt, "started", sealed=-1 if fresh else recovery.sealed(run), by_hand=by_hand)
+            code, failed = run_attempt(attempt, plan, recipe.launch, tell, received)
+            note(attempt, "ended", code=int(code), sealed=recovery.sealed(run))
+            if failed is None:
+                return code
+            if plan.backend != "local":
+                recovery.avoid(attempt, failed, recipe.launch.relaunch.avoid)
+            avoided = recovery.avoided(run)
+            moved = environment.moved(recipe, plan.hosts, avoided)
+            decision = recovery.decide(
+                recovery.past(run), failed, recipe.launch.relaunch, can_move=moved != list(plan.hosts)
+            )
+            if received or run.stop_request.exists() or decision.wait_s is None:
+                if decision.wait_s is None and decision.in_vain and not received:
+                    failed = recovery.no_progress(run, failed, decision.in_vain)
+                    rundir.write_json(attempt.failure, failed.to_json())
+                return failed.code
+            tell(relaunching(attempt, failed, decision.wait_s, recovery.used_again(moved, avoided)))
+            if not pause(decision.wait_s, run, received):
+                return failed.code
+            plan, by_hand = replace(plan, hosts=moved), False
+            # What was put aside once is not to be put aside again, and what was not still is.
+            fresh = fresh and not any(e["event"] == "started" for e in rundir.read_lines(attempt.events))
+
+
+def relaunching(attempt: Attempt, failed: Failure, wait_s: float, used_again: list[str]) -> dict[str, Any]:
+    """The event that says what went wrong, and from where the next attempt goes on."""
+    steps = [row["step"] for row in rundir.read_lines(attempt.metrics)]
+    step = max(0, recovery.sealed(attempt.run))
+    return {
+        "event": "relaunching",
+        "attempt": attempt.number,
+        "message": failed.message,
+        "wait_s": wait_s,
+        "step": step,
+        "lost": max(0, max(steps, default=0) - step),
+        "used_again": used_again,
+        "time": time.time(),
+    }
+
+
+def pause(wait_s: float, run: Run, received: list[int]) -> bool:
+    """Wait before the next attempt. False: somebody asked for the end meanwhile."""
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        if received or run.stop_request.exists():
+            return False
+        time.sleep(0.1)
+    return not (received or run.stop_request.exists())
 
 
 # One attempt ---------------------------------------------------------------------------------------------------------
@@ -77,29 +150,53 @@ def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Att
     return attempt
 
 
-def run_attempt(attempt: Attempt, plan: Plan, tell: Tell) -> ExitCode:
+def wait_for_the_last(run: Run, patience_s: float) -> None:
+    """Until no node of the last attempt is alive, as far as a lock on its file says so; but no longer than its ranks
+    have to seal. Those that a lost launcher left behind end by themselves, and may be sealing now."""
+    attempts = run.attempts()
+    if not attempts or not attempts[-1].alive.exists():
+        return
+    deadline = time.monotonic() + patience_s
+    with attempts[-1].alive.open("r+b") as file:
+        while time.monotonic() < deadline:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+
+
+def run_attempt(
+    attempt: Attempt, plan: Plan, launch: Launch, tell: Tell, received: list[int]
+) -> tuple[ExitCode, Failure | None]:
     """Start every node, follow the attempt to its end, and say how it ended. Leaves no process behind.
+
+    Args:
+        received: the signals that asked this process to end, as they come (`interrupts`).
 
     Raises:
         HostError: a node cannot be started.
     """
-    note(attempt, "started", nodes=len(plan.hosts))
     start = BACKENDS[plan.backend]
     nodes: list[subprocess.Popen[bytes]] = []
     order: list[int] = []
-    with interrupts() as received, lease(attempt) as over:
+    seen: Failure | None = None
+    with lease(attempt) as over:
         try:
             for k, host in enumerate(plan.hosts):
                 nodes.append(start(attempt, k, host))
-            order = watch(attempt, nodes, received, tell, over)
+            order, seen = watch(attempt, nodes, received, tell, over)
+        except HostError as error:
+            refused = Failure("host refused", error.message, error.hint, host=host.name, node_rank=k)
+            rundir.write_json(attempt.failure, refused.to_json())
+            raise
         finally:
             for node in nodes:
                 if node.stdin is not None:
                     node.stdin.close()  # one that still runs now ends its ranks, gently first
             returncodes = [node.wait() for node in nodes]
-    code = conclude(attempt, returncodes, order)
-    note(attempt, "ended", code=int(code), nodes=returncodes)
-    return code
+    code = conclude(attempt, returncodes, order, seen)
+    value = rundir.read_json(attempt.failure)
+    return code, None if value is None else Failure.from_json(value)
 
 
 @contextmanager
@@ -132,13 +229,17 @@ def watch(
     received: list[int],
     tell: Tell,
     over: threading.Event,
-) -> list[int]:
-    """Follow the nodes until all have ended; returns them in the order in which they did. The first signal to the
-    launcher asks the ranks to seal and stop, the second ends them, a third does not wait for anybody.
+) -> tuple[list[int], Failure | None]:
+    """Follow the nodes until all have ended. The first signal to the launcher asks the ranks to seal and stop, the
+    second ends them, a third does not wait for anybody.
 
     Where one node fails the others are ended too, since none can go on alone: gently, then at once, and what does not
     answer even then is let go.
+
+    Returns:
+        the nodes in the order in which they ended, and what they were ended for where that was decided here.
     """
+    seen: Failure | None = None
     follow = Follower(attempt, tell)
     acted_on = 0
     order: list[int] = []
@@ -165,12 +266,18 @@ def watch(
                 request_stop(attempt.run, f"signal {received[0]} to the launcher")
             else:
                 tell({"event": "killing"})
+                seen = seen or by_force(attempt)
                 for node in nodes:
                     say(node, KILL) if acted_on == 2 else node.kill()
         follow.once()
         time.sleep(0.1)
     follow.once()
-    return order
+    return order, seen
+
+
+def by_force(attempt: Attempt) -> Failure:
+    message = "the ranks were killed before their work was sealed: the launcher was told to end at once"
+    return Failure("stopped by force", message, resume(attempt), evidence=[str(attempt.supervisor)])
 
 
 def say(node: subprocess.Popen[bytes], word: bytes) -> None:
@@ -225,10 +332,6 @@ def request_stop(run: Run, why: str) -> None:
     rundir.write_json(run.stop_request, {"why": why, "time": time.time()})
 
 
-def note(attempt: Attempt, event: str, **facts: Any) -> None:
-    rundir.append_line(attempt.supervisor, {"event": event, "time": time.time(), **facts})
-
-
 class Follower:
     """Hands on the lines that rank 0 appends to its events and metrics, each once."""
 
@@ -251,168 +354,3 @@ class Follower:
                     fresh.append(json.loads(line))
         for row in sorted(fresh, key=lambda r: float(r["time"])):
             self.tell(row)
-
-
-# How it ended --------------------------------------------------------------------------------------------------------
-
-
-def conclude(attempt: Attempt, returncodes: Sequence[int], order: Sequence[int] = ()) -> ExitCode:
-    """The attempt's exit code, from what its ranks and nodes wrote; `failure.json` says why where it failed.
-
-    Args:
-        returncodes: of the processes that stood for the nodes. None of them alone makes a success.
-        order: the nodes in the order in which they ended, as seen from here; clocks differ between machines.
-    """
-    ended = rundir.read_json(attempt.exit)
-    if ended is not None:  # rank 0 writes it after the last seal
-        return ExitCode(ended["code"])
-    failure = first_failure(attempt, returncodes, order or range(len(returncodes)))
-    rundir.write_json(attempt.failure, failure)
-    return ExitCode(failure["code"])
-
-
-def first_failure(attempt: Attempt, returncodes: Sequence[int], order: Sequence[int]) -> dict[str, Any]:
-    """First cause, evidence, verdict and what to type next."""
-    if (failure := node_failure(attempt, returncodes, order)) is not None:
-        return failure
-    records = [rundir.read_json(p) for p in sorted(attempt.failures.glob("rank-*.json"))]
-    records.sort(key=lambda r: float(r["time"]))
-    causes = [r for r in records if not r["lost_peer"]]
-    nodes = [n for k in range(len(returncodes)) if (n := rundir.read_json(attempt.node(k)))]
-    killed = next((n["killed"] for n in nodes if n["killed"]), None)
-    asked = next((n["asked"] for n in nodes if n["asked"]), None)
-    signalled = first_signalled(torchrun_account(attempt, order), {r["rank"] for r in causes})
-    resume = f"`speechctl resume {attempt.run.root}` goes on from the newest checkpoint"
-    rank: int | None = None
-    evidence = attempt.node_log(0)
-    if signalled is not None:
-        rank, number = signalled
-        message = f"rank {rank}{on_host(attempt, rank)} was ended by {by_signal(number)}"
-    elif causes:
-        cause = causes[0]
-        rank, known = cause["rank"], cause["hint"] is not None
-        log = attempt.rank_log(cause["rank"])
-        where = str(log) if log.exists() else "the traceback above"
-        return {
-            "code": cause["code"] or ExitCode.BUG,
-            "rank": rank,
-            "message": cause["message"]
-            if known
-            else f"rank {rank}{on_host(attempt, rank)}: {cause['type']}: {cause['message']}",
-            "evidence": where,
-            "hint": cause["hint"] if known else f"read {where}, mend it, then {resume}",
-        }
-    elif killed is not None:
-        message, evidence = f"the ranks were killed before their work was sealed: {killed}", attempt.supervisor
-    elif asked is not None:
-        message, evidence = f"the ranks ended before their work was sealed: {asked}", attempt.logs
-    elif records:
-        rank = records[0]["rank"]
-        message, evidence = f"rank {rank} lost its peers: {records[0]['message']}", attempt.rank_log(records[0]["rank"])
-    else:
-        message = unexplained(attempt, returncodes, nodes)
-    return {
-        "code": ExitCode.INFRASTRUCTURE,
-        "rank": rank,
-        "message": message,
-        "evidence": str(evidence),
-        "hint": resume,
-    }
-
-
-def node_failure(attempt: Attempt, returncodes: Sequence[int], order: Sequence[int]) -> dict[str, Any] | None:
-    """The failure of a node itself, where that is the first cause: it never came up, it could not start its ranks, or
-    it was lost."""
-    hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts) or ()]
-    over_ssh = any(attempt.logs.glob("ssh-*.log"))
-    lost: dict[str, Any] | None = None
-    for k in order:
-        record, log = rundir.read_json(attempt.node(k)), attempt.node_log(k)
-        if record is None and over_ssh and returncodes[k] != 0:
-            error = ssh.refusal(attempt, k, hosts[k])
-            hint = f"{error.hint}; then `speechctl resume {attempt.run.root}`"
-            lost = {"code": error.exit_code, "message": error.message, "hint": hint}
-            log = attempt.ssh_log(k)
-        elif record is not None and "error" in record and k == order[0]:
-            lost = record["error"]
-        elif returncodes[k] == ssh.FAILED and over_ssh and k == order[0]:
-            lost = {
-                "code": ExitCode.INFRASTRUCTURE,
-                "message": f"lost {hosts[k].name}: {ssh.last_words(attempt, k)}",
-                "hint": f"when `ssh {hosts[k].name} true` works again, `speechctl resume {attempt.run.root}` goes on"
-                " from the newest checkpoint",
-            }
-            log = attempt.ssh_log(k)
-        if lost is not None:
-            return {"rank": None, "evidence": str(log), **lost, "code": int(lost["code"])}
-    return None
-
-
-def on_host(attempt: Attempt, rank: int) -> str:
-    """` on gpu-02`, where there is more than one host."""
-    hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts) or ()]
-    names = [host.name for host in hosts for _ in range(host.slots)]
-    return f" on {names[rank]}" if len(hosts) > 1 and rank < len(names) else ""
-
-
-def torchrun_account(attempt: Attempt, order: Sequence[int] = (0,)) -> list[tuple[int, int]]:
-    """(rank, exit code) of the ranks that failed, by the summaries in the nodes' logs; what torchrun saw first comes
-    first. The others are not causes: it ends them itself, by SIGTERM, and after 30 s by SIGKILL."""
-    found: list[tuple[int, int]] = []
-    for log in (attempt.node_log(k) for k in order):
-        if not log.exists():
-            continue
-        others, _, root = log.read_text(errors="replace").partition("Root Cause (first observed failure):")
-        for part in (root, others):
-            for match in re.finditer(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) ", part):
-                found.append((int(match[1]), int(match[2])))
-    return found
-
-
-def first_signalled(account: list[tuple[int, int]], raised: set[int]) -> tuple[int, int] | None:
-    """(rank, signal) of the rank whose end by a signal is the first cause, if that is what happened.
-
-    Args:
-        raised: ranks that gave a cause of their own. A peer's account of a connection that broke is none.
-    """
-    signalled = [(rank, -code) for rank, code in account if code < 0 and -code != signal.SIGTERM]
-    if not signalled:
-        return None
-    rank, number = signalled[0]
-    came_first = account[0] == (rank, -number)
-    # Libraries abort (SIGABRT) for want of a peer, and a rank may crash on its way out after it said why.
-    secondary = rank in raised or number == signal.SIGABRT or not came_first
-    return None if raised and secondary else (rank, number)
-
-
-def by_signal(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    return name + ("; the kernel does that when memory runs out" if number == signal.SIGKILL else "")
-
-
-def unexplained(attempt: Attempt, returncodes: Sequence[int], nodes: list[dict[str, Any]]) -> str:
-    """What can be said where no rank said anything."""
-    for k, returncode in enumerate(returncodes):
-        if returncode < 0:
-            return f"the process of node {k} was ended by {by_signal(-returncode)}"
-    for node in nodes:
-        if (node["returncode"] or 0) < 0:
-            return f"torchrun on {node['host']} was ended by {by_signal(-node['returncode'])}"
-    account = torchrun_account(attempt)
-    who = f"rank {account[0][0]} ended with code {account[0][1]}" if account else "the ranks ended"
-    return f"{who} without a word: {last_error(attempt.node_log(0))}"
-
-
-def last_error(path: Path) -> str:
-    """The line of a node's log that says most: the last one that names an exception, or else the last one.
-
-    What torchrun says once a rank has failed is left out: it only repeats that one did.
-    """
-    text = path.read_text(errors="replace") if path.exists() else ""
-    text = re.split(r"(?m)^[EW]\d{4} .*torch/distributed/elastic/multiprocessing/api\.py", text)[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return [*lines, *named][-1] if lines else f"there is nothing in {path}"

@@ -139,6 +139,14 @@ class Progress:
         elif kind in LINES:
             with suppress(KeyError):  # a worker of another version says it in other words
                 say(LINES[kind].format(**row))
+            if kind == "relaunching":
+                self._relaunching(row)
+
+    def _relaunching(self, row: dict[str, Any]) -> None:
+        lost = f"; {counted(row['lost'], 'step')} lost" if row["lost"] else ""
+        say(f"starting again in {row['wait_s']:g} s from step {row['step']}{lost} (Ctrl-C: not)")
+        for host in row["used_again"]:
+            say(f"{host} is used again: no other host can take its place")
 
     def _step(self, row: dict[str, Any]) -> None:
         self.audio_s += row["audio_s"]
@@ -160,6 +168,7 @@ LINES = {
     "save_failed": "step {step}: no checkpoint: {error}; training goes on",
     "stopping": "stopping: the ranks finish their step and seal it (Ctrl-C again ends them at once)",
     "killing": "ending the ranks now; sealed checkpoints stay",
+    "relaunching": "attempt {attempt} failed: {message}",
     "stopped": "step {step}: stopped, and sealed",
     "finished": "step {step}: finished, and sealed",
 }
@@ -189,8 +198,10 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
             answer(f"heard  {row['hyp']}")
     if value.failure:
         answer("")
-        for title, name in (("failed", "message"), ("evidence", "evidence"), ("hint", "hint")):
-            answer(f"{title}: {value.failure[name]}")
+        answer(f"failed: {value.failure['message']}")
+        for line in value.failure["evidence"]:
+            answer(f"evidence: {line}")
+        answer(f"hint: {value.failure['hint']}")
     answer("\nnext:")
     for command in commands:
         answer(f"  {command}")

@@ -20,6 +20,7 @@ import pytest
 import soundfile
 
 from launcher import plan, recipe_file, rundir, supervise
+from launcher.failure import Failure
 from launcher.hosts import Host
 from launcher.plan import Plan
 from launcher.recipe import Launch
@@ -125,7 +126,7 @@ class Stub:
         shutil.copy(here / "torchrun.py", self.packages / "torch" / "distributed" / "run.py")
         shutil.copy(here / "rank.py", self.packages / "rank.py")
         self.recipe = root / "stub.yaml"
-        self.recipe.write_text(RECIPE)
+        self.recipe.write_text(RECIPE.replace("stop_grace: 2s}", "stop_grace: 2s, relaunch: {wait: 0.1s}}"))
         self.env = {
             **{k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "PYTHONPATH")},
             "PYTHONPATH": f"{self.packages}:{here.parents[1]}",
@@ -134,9 +135,16 @@ class Stub:
         }
         self.command = [sys.executable, str(here / "speechctl.py")]
 
-    def behave(self, *ranks: str, says: str = "", start_s: float = 0, patience_s: float = 5) -> None:
-        """What each rank does (`stub/rank.py`), and what torchrun says instead of starting any."""
-        value = {"ranks": ranks, "says": says, "start_s": start_s, "patience_s": patience_s}
+    def behave(
+        self, *ranks: str, says: str = "", start_s: float = 0, patience_s: float = 5, then: tuple[str, ...] = ()
+    ) -> None:
+        """What each rank does (`stub/rank.py`), and what torchrun says instead of starting any.
+
+        Args:
+            then: what the ranks do at every further attempt, where that is something else.
+        """
+        later = {"ranks": then, "says": ""} if then else {}
+        value = {"ranks": ranks, "says": says, "start_s": start_s, "patience_s": patience_s, "then": later}
         (self.packages / "behaviour.json").write_text(json.dumps(value))
 
     def plan(self, ranks: int = 2) -> Plan:
@@ -253,6 +261,7 @@ def made_run(root: Path, state: str) -> Run:
     if state in ("finished", "stopped"):
         rundir.write_json(attempt.exit, {"code": 0 if state == "finished" else 75, "step": last, "sealed_step": last})
     if state == "failed":
-        failure = {"code": 1, "rank": 1, "message": "rank 1: ValueError: boom", "evidence": str(attempt.rank_log(1))}
-        rundir.write_json(attempt.failure, {**failure, "hint": "read the log"})
+        said = "rank 1 on localhost: ValueError: boom"
+        where: dict[str, Any] = {"rank": 1, "host": "localhost", "evidence": [str(attempt.rank_log(1))]}
+        rundir.write_json(attempt.failure, Failure("training", said, "read the log", **where, time=1.0).to_json())
     return run

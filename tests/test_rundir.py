@@ -249,7 +249,7 @@ def test_attempts_are_numbered_and_each_number_is_given_once(tmp_path: Path) -> 
     assert newest.root.name == "10000"
     assert [a.number for a in run.attempts()] == [1, 2, 3, 9999, 10000]
     assert newest.run.root == tmp_path
-    assert {p.name for p in newest.root.iterdir()} == {"logs", "failures", "ranks", "ledger", "stacks"}
+    assert {p.name for p in newest.root.iterdir()} == {"logs", "failures", "ranks", "ledger", "stacks", "progress"}
 
 
 def test_only_what_has_a_manifest_is_sealed(tmp_path: Path) -> None:

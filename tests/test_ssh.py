@@ -49,7 +49,7 @@ def two_hosts(stub: Stub) -> Stub:
     stub.env |= {"SSH_CALLS": str(stub.root / "calls"), "SSH_REFUSED": "", "SSH_LOST": ""}
     stub.env["PATH"] = f"{fake.parent}:{stub.env['PATH']}"
     (stub.root / "hosts").write_text("alpha slots=1 address=127.0.0.1\ntrainer@beta slots=2 port=2222\ngamma slots=1\n")
-    launch = "{backend: ssh, hostfile: hosts, exclude: [gamma], stop_grace: 2s}"
+    launch = "{backend: ssh, hostfile: hosts, exclude: [gamma], stop_grace: 2s, relaunch: {wait: 0.1s}}"
     stub.recipe.write_text(RECIPE.replace("{processes: 2, stop_grace: 2s}", launch))
     stub.behave("train", "train", "train")
     return stub
@@ -104,23 +104,21 @@ def test_a_run_on_two_hosts(two_hosts: Stub) -> None:
     assert gone(two_hosts.pids(), within_s=0)
 
 
-def test_when_one_node_fails_the_others_end_and_the_first_cause_is_named(two_hosts: Stub) -> None:
-    two_hosts.behave("train", "train", "kill 0.5")
-    began = time.monotonic()
+def test_when_one_node_fails_the_others_end_and_the_run_goes_on(two_hosts: Stub) -> None:
+    two_hosts.behave("train", "train", "kill 0.5", then=("train 12", "train 12", "train 12"))
     done = two_hosts.speechctl("launch", "stub.yaml")
-    assert time.monotonic() - began < 20
+    assert done.returncode == ExitCode.FINISHED, done.stderr
     failure = rundir.read_json(two_hosts.run.attempts()[0].failure)
-    # Rank 0 of the stub can seal alone. What real ranks cannot is tested in tests/cluster.
-    assert failure is None or failure["message"].startswith("rank 2 on beta was ended by SIGKILL"), failure
-    assert done.returncode in (ExitCode.STOPPED, ExitCode.INFRASTRUCTURE)
+    assert failure["message"].startswith("rank 2 on beta was ended by SIGKILL"), failure
+    assert "attempt 1 failed: rank 2 on beta was ended by SIGKILL" in done.stderr
     assert gone(two_hosts.pids(), within_s=0)
 
 
 def test_ranks_that_are_deaf_end_too_when_a_node_fails(two_hosts: Stub) -> None:
-    two_hosts.behave("deaf", "train", "kill 0.5")
+    two_hosts.behave("deaf", "train", "kill 0.5", then=("train 12", "train 12", "train 12"))
     done = two_hosts.speechctl("launch", "stub.yaml")
-    assert done.returncode == ExitCode.INFRASTRUCTURE
-    assert "error: rank 2 on beta was ended by SIGKILL" in done.stderr
+    assert done.returncode == ExitCode.FINISHED
+    assert "attempt 1 failed: rank 2 on beta was ended by SIGKILL" in done.stderr
     assert gone(two_hosts.pids(), within_s=0)
 
 
@@ -134,11 +132,33 @@ def test_a_host_that_ssh_refuses_is_named(two_hosts: Stub) -> None:
     assert gone(two_hosts.pids(), within_s=0)
 
 
-def test_a_host_that_is_lost_is_named(two_hosts: Stub) -> None:
-    two_hosts.behave("deaf", "deaf", "deaf")
+def test_a_host_that_is_lost_is_avoided_while_there_is_a_spare(two_hosts: Stub) -> None:
+    """beta is lost at the first attempt; gamma, with as many slots, takes its place at the second."""
+    hosts = two_hosts.root / "hosts"
+    hosts.write_text(hosts.read_text().replace("gamma slots=1", "gamma slots=2"))
+    recipe = two_hosts.recipe.read_text().replace("exclude: [gamma]", "nodes: 2")
+    two_hosts.recipe.write_text(recipe)
+    two_hosts.behave("deaf", "deaf", "deaf", then=("train 12", "train 12", "train 12"))
     done = two_hosts.speechctl("launch", "stub.yaml", env={**two_hosts.env, "SSH_LOST": "beta"})
-    assert done.returncode == ExitCode.INFRASTRUCTURE
-    assert "error: lost beta: Timeout, server beta not responding." in done.stderr
+    assert done.returncode == ExitCode.FINISHED, done.stderr
+    assert "attempt 1 failed: lost beta: Timeout, server beta not responding." in done.stderr
+    first, second = two_hosts.run.attempts()
+    assert [[h["name"] for h in rundir.read_json(a.hosts)] for a in (first, second)] == [
+        ["alpha", "beta"],
+        ["alpha", "gamma"],
+    ]
+    (row,) = rundir.read_lines(two_hosts.run.avoided)
+    assert (row["host"], row["kind"], row["attempt"]) == ("beta", "node lost", 1)
+    assert gone(two_hosts.pids(), within_s=5)
+
+
+def test_a_host_that_is_lost_without_a_spare_is_used_again_and_that_is_said(two_hosts: Stub) -> None:
+    two_hosts.behave("deaf", "deaf", "deaf")
+    two_hosts.recipe.write_text(two_hosts.recipe.read_text().replace("wait: 0.1s", "wait: 0.1s, attempts: 2"))
+    done = two_hosts.speechctl("launch", "stub.yaml", env={**two_hosts.env, "SSH_LOST": "beta"})
+    assert done.returncode == ExitCode.NO_PROGRESS
+    assert "beta is used again: no other host can take its place" in done.stderr
+    assert "makes no progress: 2 attempts in a row ended without a new checkpoint; the last: lost beta" in done.stderr
     assert gone(two_hosts.pids(), within_s=5)
 
 
@@ -158,8 +178,8 @@ def test_a_second_ctrl_c_crosses_ssh(two_hosts: Stub) -> None:
     ("override", "complaint"),
     [
         ("launch={backend: ssh}", "backend ssh needs launch.hostfile"),
-        ("launch={hostfile: hosts}", "the backend is local, this machine"),
-        ("launch={backend: ssh, hostfile: hosts, processes: 2}", "launch.processes is of backend local"),
+        ("launch={hostfile: hosts}", "are of backend ssh, and the backend is local"),
+        ("launch={backend: ssh, hostfile: hosts, processes: 2}", "launch.processes is not for backend ssh"),
     ],
 )
 def test_a_recipe_whose_hosts_contradict_each_other_is_refused(stub: Stub, override: str, complaint: str) -> None:

@@ -16,10 +16,9 @@ import pytest
 
 from launcher import environment, rundir, supervise
 from launcher.errors import ExitCode
-from launcher.rundir import Attempt, Run
+from launcher.failure import KINDS
+from launcher.recipe import Launch
 from tests.conftest import Stub, gone, wait_until
-
-GOLDEN = Path(__file__).parent / "golden" / "torchrun"
 
 
 @contextmanager
@@ -35,7 +34,8 @@ def interrupt(process: subprocess.Popen[str], number: int = signal.SIGINT) -> No
 
 
 def failure_of(stub: Stub) -> dict[str, Any]:
-    value: dict[str, Any] = rundir.read_json(stub.run.attempts()[-1].failure)
+    """What the first attempt failed of."""
+    value: dict[str, Any] = rundir.read_json(stub.run.attempts()[0].failure)
     return value
 
 
@@ -135,27 +135,35 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "code", "rank", "message"),
+    ("ranks", "kind", "rank", "message"),
     [
-        (("raise", "lost"), 1, 0, "rank 0: ValueError: boom of rank 0"),
-        (("lost", "raise 0.3"), 1, 1, "rank 1: ValueError: boom of rank 1"),
-        (("raise 1", "data 0.3"), 5, 1, "shard 3 has changed"),
-        (("lost", "kill 0.5"), 76, 1, "rank 1 was ended by SIGKILL; the kernel does that when memory runs out"),
+        (("raise", "lost"), "training", 0, "rank 0 on localhost: ValueError: boom of rank 0"),
+        (("lost", "raise 0.3"), "training", 1, "rank 1 on localhost: ValueError: boom of rank 1"),
+        (("raise 1", "data 0.3"), "data", 1, "rank 1 on localhost: shard 3 has changed"),
+        (("lost", "kill 0.5"), "killed", 1, "rank 1 on localhost was ended by SIGKILL"),
         # torchrun ends the deaf one by SIGKILL in the end, which is not what went wrong.
-        (("deaf", "raise 0.3"), 1, 1, "rank 1: ValueError: boom of rank 1"),
-        (("no import", "no import"), 76, None, "rank 0 ended with code 1 without a word: "),
+        (("deaf", "raise 0.3"), "training", 1, "rank 1 on localhost: ValueError: boom of rank 1"),
+        (("train", "exit 7"), "training", 1, "rank 1 on localhost ended with code 7 and without a word: "),
+        (("no import", "no import"), "training", 0, "rank 0 on localhost ended with code 1 and without a word: "),
     ],
 )
-def test_the_first_cause_is_named(stub: Stub, ranks: tuple[str, str], code: int, rank: int, message: str) -> None:
-    stub.behave(*ranks, patience_s=0.5)
+def test_the_first_cause_is_named(stub: Stub, ranks: tuple[str, str], kind: str, rank: int, message: str) -> None:
+    stub.behave(*ranks, patience_s=0.5, then=("train 12", "train 12"))
     done = stub.speechctl("launch", "stub.yaml")
     failure = failure_of(stub)
-    assert (done.returncode, failure["code"]) == (code, code), done.stderr
-    assert failure["rank"] == rank
+    code, verdict = KINDS[kind]
+    assert (failure["kind"], failure["code"], failure["verdict"]) == (kind, code, verdict), done.stderr
+    assert (failure["rank"], failure["host"], failure["node_rank"]) == (rank, "localhost", 0)
     assert failure["message"].startswith(message)
-    assert done.stderr.count("error: ") == 1 and f"error: {message}" in done.stderr
-    assert Path(failure["evidence"]).exists() and failure["evidence"] in done.stderr
-    assert "hint: " in done.stderr
+    assert Path(failure["evidence"][0]).exists()
+    if verdict == "again":
+        assert done.returncode == ExitCode.FINISHED
+        assert f"attempt 1 failed: {message}" in done.stderr
+    else:
+        assert done.returncode == code
+        assert done.stderr.count("error: ") == 1 and f"error: {message}" in done.stderr
+        assert failure["evidence"][0] in done.stderr and "hint: " in done.stderr
+        assert len(stub.run.attempts()) == 1
     assert gone(stub.pids(), within_s=0)
 
 
@@ -165,27 +173,16 @@ def test_a_worker_that_cannot_be_imported_is_explained_by_its_exception(stub: St
     assert failure_of(stub)["message"].endswith("No module named no_such_worker")
 
 
-def test_a_taken_port_is_explained_by_what_torchrun_said(stub: Stub) -> None:
-    stub.behave(says=(GOLDEN / "port-taken.txt").read_text())
-    assert stub.speechctl("launch", "stub.yaml").returncode == ExitCode.INFRASTRUCTURE
-    message = failure_of(stub)["message"]
-    assert message.startswith(
-        "the ranks ended without a word: torch.distributed.DistNetworkError: The server socket has"
-    )
-    assert message.endswith("address already in use")
-
-
 def test_a_node_that_is_killed_is_said_to_be(stub: Stub) -> None:
     with launched(stub) as process:
         pids = stub.pids()
-        (node,) = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        os.kill(int(node), signal.SIGKILL)
+        node = rundir.read_json(stub.run.attempts()[0].node(0))["pid"]
+        os.kill(node, signal.SIGKILL)
+        wait_until(stub.run.attempts()[0].failure.exists)
+        assert gone(pids, within_s=0)
+        interrupt(process)
         process.communicate(timeout=10)
-    assert process.returncode == ExitCode.INFRASTRUCTURE
-    assert failure_of(stub)["message"].startswith("the process of node 0 was ended by SIGKILL")
-    assert gone(pids, within_s=5)
+    assert failure_of(stub)["message"] == "the agent of node 0 on localhost was ended by SIGKILL, and its ranks with it"
 
 
 def test_without_bash_there_is_an_error_and_not_a_traceback(stub: Stub) -> None:
@@ -197,133 +194,33 @@ def test_without_bash_there_is_an_error_and_not_a_traceback(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "complaint"),
+    ("damage", "kind", "complaint"),
     [
-        (lambda a: (a.root / "interpreter").write_text("/no/such/python\n"), "/no/such/python"),
-        (lambda a: (a.root / "interpreter").unlink(), "interpreter: No such file or directory"),
-        (lambda a: a.node_script.unlink(), "node.sh: No such file or directory"),
-        (lambda a: a.env.unlink(), "TypeError"),
+        (lambda a: (a.root / "interpreter").write_text("/no/such/python\n"), "host refused", "/no/such/python"),
+        (lambda a: (a.root / "interpreter").unlink(), "host refused", "interpreter: No such file or directory"),
+        (lambda a: a.node_script.unlink(), "host refused", "node.sh: No such file or directory"),
+        (lambda a: a.env.unlink(), "node failed", "TypeError"),
     ],
 )
-def test_a_node_that_cannot_start_is_explained_by_its_log(stub: Stub, damage: Any, complaint: str) -> None:
+def test_a_node_that_cannot_start_is_explained_by_its_log(stub: Stub, damage: Any, kind: str, complaint: str) -> None:
     attempt = stub.attempt()
     damage(attempt)
     told: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", stub.env["PYTHONPATH"])
-        code = supervise.run_attempt(attempt, stub.plan(), told.append)
-    assert code == ExitCode.INFRASTRUCTURE
-    assert complaint in failure_of(stub)["message"] + attempt.node_log(0).read_text()
-    assert failure_of(stub)["evidence"] == str(attempt.node_log(0))
-    assert "without a word: " in failure_of(stub)["message"]
-
-
-# The verdict, from files alone ----------------------------------------------------------------------------------------
-
-
-def record(attempt: Attempt, rank: int, time_s: float, message: str, *, lost: bool = False, code: int = 1) -> None:
-    value = {"rank": rank, "time": time_s, "type": "ValueError", "message": message, "hint": None}
-    rundir.write_json(attempt.rank_failure(rank), {**value, "code": code, "lost_peer": lost})
-
-
-@pytest.fixture
-def ended(tmp_path: Path) -> Attempt:
-    """An attempt whose every process is gone and which has said nothing yet."""
-    root = tmp_path / "run"
-    root.mkdir()
-    attempt = Run(root).new_attempt()
-    rundir.write_json(attempt.node(0), {"host": "here", "returncode": 1, "asked": None, "killed": None})
-    return attempt
-
-
-def verdict(attempt: Attempt, *returncodes: int) -> tuple[int, int | None, str]:
-    code = supervise.conclude(attempt, returncodes or (1,))
-    failure = rundir.read_json(attempt.failure)
-    assert failure["code"] == code and failure["hint"]
-    return code, failure["rank"], failure["message"]
-
-
-@pytest.mark.parametrize(("code", "returncode"), [(0, 0), (75, 0), (0, 1), (75, 1), (0, -9)])
-def test_exit_json_is_the_truth_once_it_is_there(ended: Attempt, code: int, returncode: int) -> None:
-    rundir.write_json(ended.exit, {"code": code, "step": 5, "sealed_step": 5})
-    assert supervise.conclude(ended, [returncode]) == code
-    assert not ended.failure.exists()
-
-
-@pytest.mark.parametrize("returncode", [0, 1, -9, 127])
-def test_without_exit_json_it_is_never_a_success(ended: Attempt, returncode: int) -> None:
-    rundir.write_json(ended.node(0), {"host": "here", "returncode": returncode, "asked": None, "killed": None})
-    assert verdict(ended, returncode)[0] == ExitCode.INFRASTRUCTURE
-    ended.failure.unlink()
-    record(ended, 0, 1.0, "it says that all is well", code=0)
-    assert verdict(ended, returncode)[0] == ExitCode.BUG
-
-
-def test_the_earliest_cause_wins_and_a_lost_peer_is_none(ended: Attempt) -> None:
-    record(ended, 0, 1.0, "Connection reset by peer", lost=True, code=76)
-    record(ended, 1, 3.0, "late")
-    record(ended, 2, 2.0, "early")
-    assert verdict(ended) == (1, 2, "rank 2: ValueError: early")
-
-
-def test_only_lost_peers_are_reported_as_that(ended: Attempt) -> None:
-    record(ended, 1, 1.0, "Connection reset by peer", lost=True, code=76)
-    record(ended, 0, 2.0, "Broken pipe", lost=True, code=76)
-    assert verdict(ended) == (76, 1, "rank 1 lost its peers: Connection reset by peer")
-
-
-def test_a_killed_rank_is_read_from_the_summary_of_the_real_torchrun(ended: Attempt) -> None:
-    summary = (GOLDEN / "rank-killed.txt").read_text()
-    ended.node_log(0).write_text(summary)
-    record(ended, 0, 1.0, "Connection closed by peer", lost=True, code=76)
-    killed = (76, 1, "rank 1 was ended by SIGKILL; the kernel does that when memory runs out")
-    assert verdict(ended) == killed
-    # A peer that names its loss in words that we do not know is no cause either.
-    record(ended, 0, 1.0, "Something about a connection")
-    assert verdict(ended) == killed
-    # But a rank that raised and then died on its way out has said why.
-    record(ended, 1, 1.0, "the true reason")
-    assert verdict(ended)[2] == "rank 0: ValueError: Something about a connection"
-    ended.rank_failure(0).unlink()
-    assert verdict(ended)[2] == "rank 1: ValueError: the true reason"
-
-
-def test_ranks_that_torchrun_ended_are_not_the_cause(ended: Attempt) -> None:
-    """It terminates the others, and kills those that do not end in 30 s; both are in its summary."""
-    summary = (GOLDEN / "rank-killed.txt").read_text()
-    summary = summary.replace("-9 (pid: 8762)  (SIGKILL)", "1 (pid: 8762)").replace("-15 (pid", "-9 (pid")
-    ended.node_log(0).write_text(summary)
-    record(ended, 1, 1.0, "boom")
-    assert verdict(ended) == (1, 1, "rank 1: ValueError: boom")
-
-
-def test_an_abort_for_want_of_a_peer_is_not_the_cause(ended: Attempt) -> None:
-    ended.node_log(0).write_text((GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid", "-6 (pid"))
-    assert verdict(ended) == (76, 1, "rank 1 was ended by SIGABRT")
-    record(ended, 0, 1.0, "boom")
-    assert verdict(ended) == (1, 0, "rank 0: ValueError: boom")
-
-
-def test_ranks_that_the_node_killed_are_told_from_those_that_died(ended: Attempt) -> None:
-    node = {"host": "here", "returncode": -9, "asked": "a stop was asked for", "killed": "the grace was over"}
-    rundir.write_json(ended.node(0), node)
-    assert verdict(ended) == (76, None, "the ranks were killed before their work was sealed: the grace was over")
-    rundir.write_json(ended.node(0), {**node, "killed": None})
-    assert verdict(ended) == (76, None, "the ranks ended before their work was sealed: a stop was asked for")
-    record(ended, 1, 1.0, "boom")
-    assert verdict(ended) == (1, 1, "rank 1: ValueError: boom")
-
-
-def test_torchrun_itself_can_be_killed(ended: Attempt) -> None:
-    rundir.write_json(ended.node(0), {"host": "here", "returncode": -9, "asked": None, "killed": None})
-    assert verdict(ended)[2].startswith("torchrun on here was ended by SIGKILL")
+        code, failed = supervise.run_attempt(attempt, stub.plan(), Launch(), told.append, [])
+    assert failed is not None and (failed.kind, failed.code) == (kind, code)
+    assert "node 0 on localhost" in failed.message
+    assert complaint in failed.message + attempt.node_log(0).read_text()
+    assert failed.evidence == [str(attempt.node_log(0))]
 
 
 # What is told meanwhile -----------------------------------------------------------------------------------------------
 
 
-def test_each_line_is_told_once_and_only_when_it_is_whole(ended: Attempt) -> None:
+def test_each_line_is_told_once_and_only_when_it_is_whole(stub: Stub) -> None:
     told: list[dict[str, Any]] = []
+    ended = stub.attempt()
     follow = supervise.Follower(ended, told.append)
     follow.once()
     rundir.append_line(ended.events, {"event": "started", "time": 1.0})

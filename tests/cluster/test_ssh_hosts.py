@@ -28,7 +28,7 @@ pytestmark = pytest.mark.cluster
 def three(stub: Stub, cluster: Cluster) -> Stub:
     """A stub of a rank on each of three hosts, started at the desk."""
     hostfile = cluster.hostfile(stub.root / "hosts", *cluster.hosts)
-    launch = f"{{backend: ssh, hostfile: {hostfile}, stop_grace: 5s}}"
+    launch = f"{{backend: ssh, hostfile: {hostfile}, stop_grace: 5s, relaunch: {{attempts: 1}}}}"
     stub.recipe.write_text(RECIPE.replace("{processes: 2, stop_grace: 2s}", launch))
     stub.command = cluster.desk("env", "-C", str(stub.root), *stub.command)
     stub.behave("deaf", "deaf", "deaf")

@@ -1,21 +1,28 @@
-"""Stands in for a rank: the worker's own door, signals, log and failure records, with this file's training behind."""
+"""Stands in for a rank: the worker's own door, signals, log and failure records, with this file's training behind.
+
+It goes in step with the other ranks, seals checkpoints that hold nothing, and goes on from the newest.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
+import psutil
+
 from launcher import rundir
 from launcher.errors import DataError, ExitCode
 from launcher.rundir import Attempt
 from launcher.worker import __main__ as worker
 
-RANK = int(os.environ["RANK"])
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+SEAL_EVERY = 10
 
 
 def run(root: Path, stop_flag: list[bool], fresh: bool) -> None:
@@ -37,27 +44,93 @@ def run(root: Path, stop_flag: list[bool], fresh: bool) -> None:
     if behaviour == "child":
         child = subprocess.Popen(["sleep", "600"], start_new_session=True)
         rundir.write_json(root / "child.json", {"pid": child.pid})
-    train(attempt, stop_flag, steps=int(number or 10**9), deaf=behaviour == "deaf")
+    Training(attempt, stop_flag, behaviour, number).go()
 
 
-def train(attempt: Attempt, stop_flag: list[bool], steps: int, deaf: bool) -> None:
-    """Fifty steps a second, until asked to stop."""
-    rows = {"world_size": int(os.environ["WORLD_SIZE"]), "utterances": 12, "max_steps": 50, "left_out": {}}
-    if RANK == 0:
-        rundir.append_line(attempt.events, {"event": "started", "time": time.time(), "step": 0, **rows})
-    step, stop = 0, False
-    while step < steps and not stop:
-        step += 1
-        time.sleep(0.02)
+class Training:
+    """Fifty steps a second, until asked to stop. What goes wrong at the step after the first seal:
+
+    `exit 7` ends with that code; `stop` stops itself as by SIGSTOP; `feed` waits for data for ever; `hog FILE` takes
+    memory without end, in the cgroup of that `cgroup.procs`. `deaf` hears no request to stop, waits for
+    nobody and seals nothing.
+    """
+
+    def __init__(self, attempt: Attempt, stop_flag: list[bool], behaviour: str, number: str) -> None:
+        self.attempt, self.run = attempt, attempt.run
+        self.stop_flag = stop_flag
+        self.behaviour, self.number = behaviour, number
+        self.steps = int(number) if behaviour in ("train", "child", "deaf") and number else 10**9
+        self.alone = behaviour == "deaf"
+        self.meeting = os.open(attempt.root / ".meeting", os.O_RDWR | os.O_CREAT)
+        self.step = max(self.run.sealed_steps(), default=0)
+
+    def go(self) -> None:
+        self.event("started", step=self.step, world_size=WORLD_SIZE, utterances=12, max_steps=50, left_out={})
+        stop = False
+        while self.step < self.steps and not stop:
+            self.step += 1
+            if self.step % SEAL_EVERY == 2 and self.step > SEAL_EVERY:
+                self.misbehave()
+            time.sleep(0.02)
+            if RANK == 0:
+                metrics = {"step": self.step, "epoch": 0, "loss": 1 / self.step, "grad_norm": 1.0}
+                more = {"learning_rate": 1e-3, "audio_s": 10.0, "step_s": 0.02, "time": time.time()}
+                rundir.append_line(self.attempt.metrics, {**metrics, **more})
+            stop = not self.alone and self.agree()
+            if not self.alone and (stop or self.step % SEAL_EVERY == 0 or self.step == self.steps):
+                self.seal()
         if RANK == 0:
-            metrics = {"step": step, "epoch": 0, "loss": 1 / step, "grad_norm": 1.0, "learning_rate": 1e-3}
-            more = {"audio_s": 10.0, "step_s": 0.02, "time": time.time()}
-            rundir.append_line(attempt.metrics, {**metrics, **more})
-        stop = not deaf and (stop_flag[0] or attempt.run.stop_request.exists())
-    time.sleep(0.1)  # the others see the request too
-    if RANK == 0:
-        code = ExitCode.STOPPED if stop else ExitCode.FINISHED
-        rundir.write_json(attempt.exit, {"code": code, "step": step, "sealed_step": step})
+            code = ExitCode.STOPPED if stop else ExitCode.FINISHED
+            rundir.write_json(self.attempt.exit, {"code": code, "step": self.step, "sealed_step": self.step})
+
+    def misbehave(self) -> None:
+        if self.behaviour == "exit":
+            os._exit(int(self.number))
+        if self.behaviour == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.behaviour == "feed":
+            time.sleep(10**6)
+        if self.behaviour == "hog":
+            Path(self.number).write_text(str(os.getpid()))
+            time.sleep(2.5)  # so that whoever looks at this process every second has seen it there
+            held = []
+            while True:
+                held.append(b"\1" * 2**20)
+
+    def agree(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all, which wait for each other here."""
+        asked = self.stop_flag[0] or (RANK == 0 and self.run.stop_request.exists())
+        record = struct.Struct("qq")
+        places = [record.size * (2 * rank + self.step % 2) for rank in range(WORLD_SIZE)]
+        os.pwrite(self.meeting, record.pack(self.step, asked), places[RANK])
+        while True:
+            said = [os.pread(self.meeting, record.size, place) for place in places]
+            rows = [record.unpack(data) if len(data) == record.size else (0, 0) for data in said]
+            if all(step == self.step for step, _ in rows):
+                return any(asked for _, asked in rows)
+            if any(map(self.is_lost, range(WORLD_SIZE))):
+                raise RuntimeError("Connection closed by peer")
+            time.sleep(0.005)
+
+    def is_lost(self, rank: int) -> bool:
+        record = rundir.read_json(self.attempt.rank(rank))
+        try:
+            return record is not None and psutil.Process(record["pid"]).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def seal(self) -> None:
+        if RANK == 0 and not self.run.checkpoint(self.step).exists():
+            self.run.checkpoints.mkdir(exist_ok=True)
+            staged = self.run.checkpoints / f".attempt-{self.attempt.number:04d}"
+            staged.mkdir()
+            (staged / "weights").write_bytes(b"none")
+            rundir.seal(staged, self.run.checkpoint(self.step), {"progress": {"step": self.step}})
+            self.event("sealed", step=self.step, blocked_s=0.0)
+
+    def event(self, event: str, **facts: object) -> None:
+        if RANK == 0:
+            rundir.append_line(self.attempt.events, {"event": event, "time": time.time(), **facts})
 
 
 if __name__ == "__main__":

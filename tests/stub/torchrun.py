@@ -21,6 +21,8 @@ MONITOR_S = 0.1
 def main(argv: list[str]) -> int:
     behaviour = json.loads((STUB / "behaviour.json").read_text())
     attempt = Path(argv[argv.index("train") + 1])
+    if attempt.name != "0001":
+        behaviour |= behaviour["then"]
     record = {"argv": sys.orig_argv, "variables": dict(os.environ), "cwd": os.getcwd(), "pid": os.getpid()}
     node_rank = value(argv, "node-rank")
     name = f"torchrun-{node_rank}.json" if node_rank else "torchrun.json"

@@ -1,0 +1,221 @@
+"""The first cause of an attempt's end, from its files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import failure, rundir
+from launcher.errors import ExitCode
+from launcher.failure import KINDS, Failure
+from launcher.rundir import Attempt, Run
+from tests.faults.table import TABLE, Cell
+
+GOLDEN = Path(__file__).parent / "golden" / "torchrun"
+NODE = {"returncode": 1, "asked": None, "killed": None}
+
+
+def record(attempt: Attempt, rank: int, time_s: float, message: str, *, lost: bool = False, **more: Any) -> None:
+    value = {"rank": rank, "time": time_s, "type": "ValueError", "message": message, "hint": None, "code": 1}
+    rundir.write_json(attempt.rank_failure(rank), {**value, "lost_peer": lost, **more})
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Attempt:
+    """An attempt on two hosts of two ranks, whose every process is gone and which has said nothing yet."""
+    root = tmp_path / "run"
+    root.mkdir()
+    attempt = Run(root).new_attempt()
+    rundir.write_json(attempt.hosts, [{"name": "a", "slots": 2}, {"name": "b", "slots": 2}])
+    for k in range(2):
+        rundir.write_json(attempt.node(k), {"host": "here", **NODE})
+    return attempt
+
+
+def verdict(attempt: Attempt, *returncodes: int, order: tuple[int, ...] = (0, 1)) -> tuple[str, int | None, str]:
+    code = failure.conclude(attempt, returncodes or (1, 1), order)
+    found = rundir.read_json(attempt.failure)
+    assert found["code"] == code == KINDS[found["kind"]][0] and found["hint"] and found["evidence"]
+    assert Failure.from_json(found).to_json() == found
+    return found["kind"], found["rank"], found["message"]
+
+
+def test_the_table_of_faults_and_the_kinds_of_failure_agree() -> None:
+    cells = [cell for row in TABLE.values() for cell in row.values() if isinstance(cell, Cell)]
+    assert cells and all(KINDS[cell.kind] == (cell.code, cell.verdict) for cell in cells)
+
+
+@pytest.mark.parametrize(("code", "returncode"), [(0, 0), (75, 0), (0, 1), (75, 1), (0, -9)])
+def test_exit_json_is_the_truth_once_it_is_there(ended: Attempt, code: int, returncode: int) -> None:
+    rundir.write_json(ended.exit, {"code": code, "step": 5, "sealed_step": 5})
+    assert failure.conclude(ended, [returncode]) == code
+    assert not ended.failure.exists()
+
+
+@pytest.mark.parametrize("returncode", [0, 1, -9, 127])
+def test_without_exit_json_it_is_never_a_success(ended: Attempt, returncode: int) -> None:
+    for k in range(2):
+        rundir.write_json(ended.node(k), {"host": "here", **NODE, "returncode": returncode})
+    assert verdict(ended, returncode, returncode)[0] in ("node failed", "killed")
+    ended.failure.unlink()
+    record(ended, 0, 1.0, "it says that all is well", code=0)
+    assert verdict(ended, returncode, returncode)[0] == "bug"
+
+
+def test_the_earliest_cause_wins_and_a_lost_peer_is_none(ended: Attempt) -> None:
+    record(ended, 0, 1.0, "Connection reset by peer", lost=True, code=76)
+    record(ended, 2, 3.0, "late")
+    record(ended, 3, 2.0, "early")
+    assert verdict(ended) == ("training", 3, "rank 3 on b: ValueError: early")
+
+
+def test_clocks_of_two_hosts_are_not_compared(ended: Attempt) -> None:
+    """Host a is an hour behind; what the launcher saw end first is first."""
+    record(ended, 0, 1.0, "late, by a clock that is slow")
+    record(ended, 2, 3600.0, "early")
+    assert verdict(ended, order=(1, 0))[1] == 2
+    assert verdict(ended, order=(0, 1))[1] == 0
+
+
+def test_only_lost_peers_are_reported_as_that(ended: Attempt) -> None:
+    record(ended, 1, 1.0, "Connection reset by peer", lost=True, code=76)
+    record(ended, 0, 2.0, "Broken pipe", lost=True, code=76)
+    assert verdict(ended) == ("lost peer", 1, "rank 1 on a lost its peers: Connection reset by peer")
+
+
+def test_a_killed_rank_is_read_from_the_summary_of_the_real_torchrun(ended: Attempt) -> None:
+    summary = (GOLDEN / "rank-killed.txt").read_text()
+    ended.node_log(0).write_text(summary)
+    record(ended, 0, 1.0, "Connection closed by peer", lost=True, code=76)
+    killed = ("killed", 1, "rank 1 on a was ended by SIGKILL")
+    assert verdict(ended) == killed
+    # A peer that names its loss in words that we do not know is no cause either, here or elsewhere.
+    record(ended, 0, 1.0, "Something about a connection")
+    assert verdict(ended) == killed
+    record(ended, 3, 0.5, "Something about a connection")
+    assert verdict(ended, order=(1, 0)) == killed
+    # But a rank that raised and then died on its way out has said why.
+    ended.rank_failure(3).unlink()
+    record(ended, 1, 1.0, "the true reason")
+    assert verdict(ended)[2] == "rank 0 on a: ValueError: Something about a connection"
+    ended.rank_failure(0).unlink()
+    assert verdict(ended)[2] == "rank 1 on a: ValueError: the true reason"
+
+
+def test_ranks_that_torchrun_ended_are_not_the_cause(ended: Attempt) -> None:
+    """It terminates the others, and kills those that do not end in 30 s; both are in its summary."""
+    summary = (GOLDEN / "rank-killed.txt").read_text()
+    summary = summary.replace("-9 (pid: 8762)  (SIGKILL)", "1 (pid: 8762)").replace("-15 (pid", "-9 (pid")
+    ended.node_log(0).write_text(summary)
+    record(ended, 1, 1.0, "boom")
+    assert verdict(ended) == ("training", 1, "rank 1 on a: ValueError: boom")
+
+
+def test_an_abort_for_want_of_a_peer_is_not_the_cause(ended: Attempt) -> None:
+    ended.node_log(0).write_text((GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid", "-6 (pid"))
+    assert verdict(ended) == ("killed", 1, "rank 1 on a was ended by SIGABRT")
+    record(ended, 0, 1.0, "boom")
+    assert verdict(ended) == ("training", 0, "rank 0 on a: ValueError: boom")
+
+
+def test_a_rank_that_ends_by_its_own_code_is_named_with_it(ended: Attempt) -> None:
+    ended.node_log(0).write_text(
+        (GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid: 8762)  (SIGKILL)", "7 (pid")
+    )
+    ended.rank_log(1).write_text("loading\nlicence server said no\n")
+    assert verdict(ended) == (
+        "training",
+        1,
+        "rank 1 on a ended with code 7 and without a word: licence server said no",
+    )
+    assert rundir.read_json(ended.failure)["evidence"] == [str(ended.rank_log(1))]
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ({"code": 77, "type": "OutOfMemoryError", "message": "CUDA out of memory."}, "device memory"),
+        ({"code": 77, "type": "MemoryError"}, "host memory"),
+        ({"code": 5, "hint": "pack it again"}, "data"),
+        ({"code": 74, "hint": "make room"}, "storage"),
+        ({"code": 76, "hint": "see the other attempt"}, "superseded"),
+        ({"code": 1, "message": "CUDA error: uncorrectable ECC error encountered"}, "device"),
+    ],
+)
+def test_what_a_rank_says_decides_the_kind(ended: Attempt, said: dict[str, Any], kind: str) -> None:
+    record(ended, 1, 1.0, **{"message": "boom", **said})
+    found, _, message = verdict(ended)
+    assert found == kind and message.startswith("rank 1 on a: ")
+
+
+def test_a_taken_port_is_another_attempt_and_not_a_riddle(ended: Attempt) -> None:
+    rundir.write_json(ended.rendezvous, {"address": "127.0.0.1", "port": 29500})
+    ended.node_log(0).write_text((GOLDEN / "port-taken.txt").read_text())
+    kind, rank, message = verdict(ended)
+    assert (kind, rank) == ("port", None)
+    assert message.startswith("node 0 on a could not listen at 127.0.0.1 port 29500, which somebody else had taken: ")
+    assert message.endswith("address already in use")
+
+
+def test_ranks_that_the_node_killed_are_told_from_those_that_died(ended: Attempt) -> None:
+    node = {"host": "here", "returncode": -9, "asked": "a stop was asked for"}
+    rundir.write_json(ended.node(0), {**node, "killed": "a stop was asked for, and launch.stop_grace, 2 s, was over"})
+    kind, _, message = verdict(ended)
+    assert kind == "stopped by force" and message.startswith("the ranks were killed before their work was sealed: a st")
+    rundir.write_json(ended.node(0), {**node, "killed": None})
+    message = "the ranks ended before their work was sealed: a stop was asked for"
+    assert verdict(ended) == ("stopped by force", None, message)
+    ended.run.stop_request.parent.mkdir()
+    rundir.write_json(ended.run.stop_request, {"why": "SLURM's warning", "kind": "time limit"})
+    assert verdict(ended)[0] == "time limit"
+    record(ended, 1, 1.0, "boom")
+    assert verdict(ended) == ("training", 1, "rank 1 on a: ValueError: boom")
+
+
+def test_torchrun_itself_can_be_killed(ended: Attempt) -> None:
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": -9})
+    assert verdict(ended, 0, 1) == ("killed", None, "torchrun of node 1 on b was ended by SIGKILL")
+
+
+def test_an_agent_that_said_nothing_of_its_end_is_a_lost_node(ended: Attempt) -> None:
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": None})
+    record(ended, 0, 1.0, "Connection reset by peer", lost=True, code=76)
+    message = "the agent of node 1 on b was ended by SIGKILL, and its ranks with it"
+    assert verdict(ended, 1, -9, order=(1, 0)) == ("node lost", None, message)
+    assert verdict(ended, 1, -9, order=(0, 1)) == ("node lost", None, message), "its peers only noticed it first"
+
+
+def test_memory_that_ran_out_is_told_from_other_kills(ended: Attempt) -> None:
+    ended.node_log(0).write_text((GOLDEN / "rank-killed.txt").read_text())
+    memory = {"oom_kills": 1, "oom_kills_on_machine": 1, "limit": 2**29, "machine": 2**35, "peak_rss": {"1": 2**28}}
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "memory": memory})
+    assert verdict(ended) == (
+        "host memory",
+        1,
+        "rank 1 on a was ended by the kernel because memory ran out; it had used 0.25 GiB at least of the 0.50 GiB that"
+        " its cgroup may use",
+    )
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "memory": {**memory, "oom_kills": 0}})
+    assert verdict(ended) == (
+        "host memory",
+        1,
+        "rank 1 on a was ended by SIGKILL, and the kernel ended processes there at that time because memory ran out; it"
+        " had used 0.25 GiB at least of the machine's 32.00 GiB",
+    )
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "memory": {"oom_kills": 0, "oom_kills_on_machine": 0}})
+    assert verdict(ended)[0] == "killed"
+
+
+def test_a_lost_launcher_is_told_from_an_end_that_somebody_asked_for(ended: Attempt) -> None:
+    lost = failure.of_lost_launcher(ended)
+    assert lost is not None and (lost.kind, lost.code) == ("launcher lost", ExitCode.INFRASTRUCTURE)
+    assert lost.message == "the launcher of attempt 1 went away without a word"
+    rundir.write_json(ended.exit, {"code": 75, "step": 5, "sealed_step": 5})
+    assert failure.of_lost_launcher(ended) is None
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "asked": "the launcher went away"})
+    lost = failure.of_lost_launcher(ended)
+    assert lost is not None and lost.message.endswith("; its ranks sealed step 5 and ended")
+    rundir.write_json(ended.failure, lost.to_json())
+    assert failure.of_lost_launcher(ended) is None

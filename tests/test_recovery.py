@@ -1,0 +1,110 @@
+"""What follows a failure: decided by a pure function, from what attempts left on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher import recovery, rundir
+from launcher.errors import UsageError
+from launcher.failure import Failure
+from launcher.hosts import Host, first
+from launcher.recipe import Relaunch
+from launcher.recovery import Decision, Past, decide
+from launcher.rundir import Run
+
+KILLED = Failure("killed", "rank 1 on a was ended by SIGKILL", "resume", rank=1, host="a", node_rank=0)
+RELAUNCH = Relaunch(attempts=3, wait=5)
+
+
+def past(*rows: str) -> list[Past]:
+    """An attempt for each row: `+` sealed a new step, `-` none; `h` began by hand."""
+    found, step = [], -1
+    for number, row in enumerate(rows, start=1):
+        after = step + 10 if "+" in row else step
+        found.append(Past(number, step, after, "h" in row))
+        step = after
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "decision"),
+    [
+        (["h-"], Decision(5, 1)),
+        (["h-", "-"], Decision(10, 2)),
+        (["h-", "-", "-"], Decision(None, 3)),
+        (["h+", "-", "-"], Decision(10, 2)),
+        (["h-", "-", "+"], Decision(5, 0)),
+        (["h-", "-", "+", "-", "-", "-"], Decision(None, 3)),
+        (["h-", "-", "h-"], Decision(5, 1)),  # a person looked into it
+        (["h-", "-", "-", "-"], Decision(None, 4)),  # a requeued job goes on counting
+    ],
+)
+def test_attempts_without_progress_are_counted(rows: list[str], decision: Decision) -> None:
+    assert decide(past(*rows), KILLED, RELAUNCH) == decision
+
+
+def test_the_wait_doubles_up_to_ten_minutes() -> None:
+    often = Relaunch(attempts=100, wait=5)
+    waits = [decide(past("h+", *["-"] * n), KILLED, often).wait_s for n in range(1, 10)]
+    assert waits == [5, 10, 20, 40, 80, 160, 320, 600, 600]
+
+
+def test_what_a_person_must_mend_is_not_tried_again() -> None:
+    for kind in ("training", "recipe", "data", "storage", "host memory", "device memory", "stopped by force"):
+        assert decide(past("h+", "+"), replace(KILLED, kind=kind), RELAUNCH) == Decision(None, 0)
+
+
+def test_a_host_that_refused_is_tried_again_where_that_can_help() -> None:
+    refused = replace(KILLED, kind="host refused")
+    assert decide(past("h-"), refused, RELAUNCH).wait_s is None
+    assert decide(past("h-"), refused, RELAUNCH, can_move=True).wait_s == 5
+    assert decide(past("h+", "-"), refused, RELAUNCH).wait_s == 5, "it was lost, and may be starting up"
+
+
+def test_the_end_for_want_of_progress_keeps_the_last_cause(tmp_path: Path) -> None:
+    ended = recovery.no_progress(Run(tmp_path), KILLED, 3)
+    assert (ended.kind, ended.code, ended.verdict, ended.host) == ("no progress", 78, "mend", "a")
+    assert ended.message == (
+        f"{tmp_path} makes no progress: 3 attempts in a row ended without a new checkpoint; the last:"
+        " rank 1 on a was ended by SIGKILL"
+    )
+    assert ended.cause == KILLED.to_json()
+
+
+def test_a_lost_launcher_is_concluded_and_counted(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    attempt = run.new_attempt()
+    recovery.note(attempt, "started", sealed=-1, by_hand=True)
+    recovery.settle(run)
+    recovery.settle(run)
+    assert rundir.read_json(attempt.failure)["kind"] == "launcher lost"
+    assert recovery.past(run) == [Past(1, -1, -1, True)]
+
+
+# Hosts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_host_is_avoided_for_a_while(tmp_path: Path) -> None:
+    attempt = Run(tmp_path).new_attempt()
+    recovery.avoid(attempt, KILLED, 100)
+    assert recovery.avoided(attempt.run) == {}, "a kill says nothing about the host"
+    recovery.avoid(attempt, replace(KILLED, kind="node lost"), 100)
+    (why,) = recovery.avoided(attempt.run).values()
+    assert (why["host"], why["kind"], why["attempt"]) == ("a", "node lost", 1)
+    assert set(recovery.avoided(attempt.run, why["until"] - 1)) == {"a"}
+    assert recovery.avoided(attempt.run, why["until"] + 1) == {}
+
+
+def test_a_spare_host_of_the_same_size_takes_the_place() -> None:
+    a, b, c, d = Host("a", 8), Host("b", 8), Host("c", 4), Host("d", 8)
+    assert first([a, b, c, d], 2) == [a, b]
+    assert first([a, b, c, d], 2, {"a"}) == [d, b]
+    assert first([a, b, c, d], 2, {"a", "b"}) == [d, b], "there is one spare"
+    assert first([a, b, c, d], 2, {"a", "d"}) == [a, b], "there is none"
+    assert first([a, b], "auto", {"a"}) == [a, b]
+    assert recovery.used_again([a, b], {"a": {}, "x": {}}) == ["a"]
+    with pytest.raises(UsageError, match="asks for 3 hosts, and the hostfile's selection has 2"):
+        first([a, b], 3)
