@@ -71,8 +71,8 @@ def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Att
     }
     rundir.write_json(attempt.env, env, mode=0o600)
     rundir.write_json(attempt.hosts, [h.to_json() for h in plan.hosts])
-    rundir.write_bytes(attempt.root / "interpreter", f"{sys.executable}\n".encode())
-    rundir.write_bytes(attempt.root / "pythonpath", os.environ.get("PYTHONPATH", "").encode())
+    rundir.write_bytes(attempt.interpreter, f"{sys.executable}\n".encode())
+    rundir.write_bytes(attempt.pythonpath, os.environ.get("PYTHONPATH", "").encode())
     rundir.write_bytes(attempt.node_script, NODE_SCRIPT.encode(), mode=0o755)
     return attempt
 
@@ -83,7 +83,8 @@ def run_attempt(attempt: Attempt, plan: Plan, tell: Tell) -> ExitCode:
     Raises:
         HostError: a node cannot be started.
     """
-    note(attempt, "started", nodes=len(plan.hosts))
+    job = {"job": os.environ["SLURM_JOB_ID"]} if plan.backend == "slurm" else {}
+    note(attempt, "started", nodes=len(plan.hosts), **job)
     start = BACKENDS[plan.backend]
     nodes: list[subprocess.Popen[bytes]] = []
     order: list[int] = []
