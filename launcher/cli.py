@@ -14,15 +14,17 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from launcher.jobs import Job
     from launcher.plan import Plan
     from launcher.recipe import Recipe
+    from launcher.report import Report
     from launcher.rundir import Run
 
 app = typer.Typer(
@@ -49,6 +51,13 @@ Overrides = Annotated[
 Subsets = Annotated[
     list[str], typer.Option("--subset", metavar="SUBSET", help="A packed subset, in place of the recipe's; repeatable.")
 ]
+Backend = Literal["local", "ssh", "slurm"]
+NOT_OF: dict[str, tuple[str, ...]] = {
+    "local": ("nodes=auto", "hostfile=null", "include=[]", "exclude=[]"),
+    "ssh": ("processes=auto",),
+    "slurm": ("hostfile=null", "include=[]", "exclude=[]"),
+}
+"""What a recipe may say for another backend, and what undoes it."""
 AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Step = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step.")]
 
@@ -170,6 +179,12 @@ def launch(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    backend: Annotated[
+        Backend | None, typer.Option("--backend", help="Reach the nodes in this way, whatever the recipe says.")
+    ] = None,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Make the run, print its directory, and start nothing; made before is fine.")
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="One process, no DeepSpeed, in this terminal: breakpoints work.")
     ] = False,
@@ -185,6 +200,8 @@ def launch(
     Where something under the run dies (a process, a host, a port that was taken) or a rank hangs, all ranks start again
     from there by themselves, until launch.relaunch.attempts in a row have brought no new checkpoint.
 
+    With backend slurm a job is submitted, and nobody waits for it (exit 0): `speechctl status RUN` says where it is.
+
     Exit codes: 0 finished, 1 the training code raised, 2 the command line or the recipe is wrong, 3 a host cannot be
     reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
     something under the run died (resume), 77 out of memory, 78 no progress in several attempts (look into it first).
@@ -192,11 +209,16 @@ def launch(
     from launcher import new_run, ui
     from launcher.rundir import Run, RunLock
 
+    if backend is not None:
+        overrides = [f"launch.backend={backend}", *(f"launch.{word}" for word in NOT_OF[backend]), *overrides]
     if debug:
-        here = ("backend=local", "hostfile=null", "include=[]", "exclude=[]", "processes=1")
-        overrides = [*overrides, *(f"launch.{word}" for word in here), "zero_stage=off"]
+        overrides = [*overrides, "launch.backend=local", *(f"launch.{word}" for word in NOT_OF["local"])]
+        overrides += ["launch.processes=1", "zero_stage=off"]
     with _resolved(recipe, overrides) as (value, path):
         run = Run(value.run_path)
+        if hold and new_run.is_of(run, path):
+            ui.answer(str(run.root))
+            return
         if not dry_run and run.root.exists():
             raise new_run.in_the_way(run)
         made, facts = _plan(value, path)
@@ -204,6 +226,12 @@ def launch(
             ui.plan(made)
             return
         new_run.create(run, recipe, path, made, facts)
+    if hold:
+        ui.answer(str(run.root))
+        return
+    if value.launch.backend == "slurm":
+        _submit_new(run, value)
+        return
     steps, ranks = ui.counted(made.max_steps, "step"), ui.counted(made.world_size, "rank")
     ui.say(f"{made.name}: {steps} on {ranks}, in {run.root}")
     with RunLock(run, " ".join(sys.argv)):
@@ -220,22 +248,25 @@ def resume(
     debug: Annotated[
         bool, typer.Option("--debug", help="In this terminal; only for a run launched with --debug.")
     ] = False,
+    in_allocation: Annotated[
+        bool, typer.Option("--in-allocation", help="On the nodes of the SLURM job that this is in (train.sbatch).")
+    ] = False,
 ) -> None:
     """Go on with a run from the newest checkpoint that verifies.
 
     For a run that was stopped, failed or interrupted; it is followed to its end. Ctrl-C and the exit codes are as in
-    `launch`.
+    `launch`. With backend slurm another job is submitted.
     """
     import dataclasses
 
-    from launcher import environment, new_run, recipe_file, recovery, report, rundir, ui
+    from launcher import environment, jobs, new_run, recipe_file, recovery, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
 
     where = Run(run)
     report.read(where)  # refuses what is no run before anything is written there
-    with RunLock(where, " ".join(sys.argv)):
+    with RunLock(where, " ".join(sys.argv), jobs.PATIENCE_S if in_allocation else RunLock.PATIENCE_S):
         state = report.read(where)
         if state.state == "finished" and state.max_steps in state.sealed and not fresh:
             ui.say(f"{where.root} is finished")
@@ -246,6 +277,18 @@ def resume(
         if debug and (value.zero_stage != "off" or value.launch.processes != 1):
             raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {where.root}`")
         made = plans.Plan.from_json(rundir.read_json(where.plan))
+        if in_allocation:
+            fresh = fresh and not jobs.has_begun(where)  # that was in an earlier life of this job
+            made = dataclasses.replace(made, hosts=jobs.allocation(where, value, made))
+            try:
+                _attempt(where, value, made, fresh=fresh, debug=False)
+            finally:
+                jobs.leave_exclusions(where, value)
+            return
+        if value.launch.backend == "slurm":
+            jobs.refuse_second(where)
+            _say_submitted(where, jobs.submit(where, value, fresh=fresh))
+            return
         machines = environment.machines(value, recovery.avoided(where))
         was, now = (sum(h.slots for h in some) for some in (made.hosts, machines))
         if was != now:
@@ -262,11 +305,11 @@ def resume(
 @app.command()
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Show where a run stands, and what to type next."""
-    from launcher import report, ui
+    from launcher import ui
     from launcher.rundir import Run
 
     if as_json:
-        ui.answer(json.dumps(report.read(Run(run)).to_json(), indent=1))
+        ui.answer(json.dumps(_read_with_job(Run(run)).to_json(), indent=1))
     else:
         _show(Run(run))
 
@@ -276,15 +319,20 @@ def stop(
     run: RunPath,
     wait: Annotated[bool, typer.Option(help="Whether to wait until the run has ended.")] = True,
 ) -> None:
-    """Ask a run to finish its step, seal a checkpoint, and end."""
+    """Ask a run to finish its step, seal a checkpoint, and end. A job that waits is cancelled."""
     import time
 
-    from launcher import report, rundir, supervise, ui
+    from launcher import jobs, report, rundir, supervise, ui
     from launcher.errors import UsageError
     from launcher.rundir import Run
 
     where = Run(run)
     if report.read(where).holder is None:
+        job = jobs.current(where)
+        if job is not None and job.is_there:
+            jobs.cancel(job)
+            ui.answer(f"{where.root}: job {job.id} is cancelled")
+            return
         raise UsageError(f"{where.root} is not running", hint=f"`speechctl status {where.root}` shows how it ended")
     supervise.request_stop(where, "speechctl stop")
     while wait and rundir.holder(where) is not None:
@@ -442,15 +490,49 @@ def _attempt(run: Run, value: Recipe, made: Plan, *, fresh: bool, debug: bool) -
         raise typer.Exit(code)
 
 
+def _submit_new(run: Run, value: Recipe) -> None:
+    """A job for a run that was just made; where SLURM refuses it, there is no run either."""
+    import shutil
+
+    from launcher import jobs
+
+    try:
+        job = jobs.submit(run, value)
+    except BaseException:
+        shutil.rmtree(run.root)
+        raise
+    _say_submitted(run, job)
+
+
+def _say_submitted(run: Run, job: Job) -> None:
+    from launcher import ui
+
+    root = shlex.quote(str(run.root))
+    log = run.slurm / f"job-{job.id}.log"
+    ui.grid([("job", job.id), ("run", str(run.root)), ("log", str(log))])
+    ui.commands_next([f"speechctl status {root}", f"speechctl stop {root}"])
+
+
+def _read_with_job(run: Run) -> Report:
+    """The report of a run, with what SLURM says of its last job, if it had one."""
+    import dataclasses
+
+    from launcher import jobs, report
+
+    value = report.read(run)
+    job = jobs.current(run)
+    return value if job is None else dataclasses.replace(value, job=job.to_json())
+
+
 def _show(run: Run) -> None:
     """The report of a run as it stands, with the commands that make sense next."""
     from launcher import report, ui
 
-    value = report.read(run)
+    value = _read_with_job(run)
     root = shlex.quote(str(run.root))
     at = value.best["step"] if value.best else (value.sealed[-1] if value.sealed else 0)
     heard_at = value.best["step"] if value.best else (value.evaluations[-1]["step"] if value.evaluations else 0)
-    if value.state == "running":
+    if value.state == "running" or (value.job or {}).get("is_there"):
         commands = [f"speechctl status {root}", f"speechctl stop {root}"]
     elif value.state == "finished":
         which = "" if value.best else " --checkpoint last"

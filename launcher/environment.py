@@ -33,6 +33,12 @@ def gpu_count(device: str = "auto", given: Mapping[str, str] = os.environ) -> in
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
+def gpus_of_gres(gres: str | None) -> int:
+    """GPUs that SLURM's --gres asks for: `gpu:8`, `gpu:h100:8`, `gpu:a100:2,nvme:1`. 0 where it names none."""
+    found = (re.fullmatch(r"gpu(?::(?!\d+$)[^:]+)?(?::(\d+))?", item) for item in (gres or "").split(","))
+    return sum(int(match[1] or 1) for match in found if match)
+
+
 def base_variables(processes: int, device: str = "auto", given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Settings that every process of the worker wants on this machine; the user's own values, in `given`, win."""
     variables = {
@@ -98,7 +104,12 @@ def machines(recipe: Recipe, avoided: Collection[str] = ()) -> list[Host]:
         PreflightError: as `check`.
     """
     launch = recipe.launch
-    if launch.hostfile is None:
+    if launch.backend == "slurm":  # what they are called is known in the job
+        assert launch.nodes != "auto", "the recipe's schema sees to that"
+        gpus = 0 if launch.device == "cpu" else gpus_of_gres(launch.slurm.gres)
+        slots = (gpus or 1) if launch.processes == "auto" else launch.processes
+        found = [Host(f"node-{k:03d}", slots) for k in range(launch.nodes)]
+    elif launch.hostfile is None:
         gpus = gpu_count(launch.device)
         found = hosts.local(launch.processes, gpus)
     else:
@@ -134,8 +145,9 @@ def check(recipe: Recipe, machines: Sequence[Host], gpus: int) -> None:
     """
     slots = max(h.slots for h in machines)
     if gpus and slots > gpus:
+        there = "a node of launch.slurm.gres has" if recipe.launch.backend == "slurm" else "this machine shows"
         raise PreflightError(
-            f"launch.processes asks for {slots} ranks, and this machine shows {gpus} GPU(s): each rank needs its own",
+            f"launch.processes asks for {slots} ranks, and {there} {gpus} GPU(s): each rank needs its own",
             hint=f"--set launch.processes={gpus}, or --set launch.device=cpu to leave the GPUs alone",
         )
     if "tensorboard" in recipe.trackers and find_spec("tensorboard") is None:

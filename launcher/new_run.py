@@ -50,6 +50,11 @@ def create(run: Run, recipe: Path, resolved: Path, made: Plan, facts: Mapping[st
         shutil.rmtree(staged.root, ignore_errors=True)
 
 
+def is_of(run: Run, resolved: Path) -> bool:
+    """Whether there is a run, made from this recipe."""
+    return run.exists() and run.resolved.read_bytes() == resolved.read_bytes()
+
+
 def in_the_way(run: Run) -> UsageError:
     """Why no new run can be made here."""
     if rundir.holder(run) is not None:

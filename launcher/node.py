@@ -139,7 +139,7 @@ class Node:
 
     def run(self) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_kill", True))
+        signal.signal(signal.SIGTERM, self._terminated)
         adopt_orphans()
         # From here on this node's log has one writer, on the node, also where our own output goes to another machine.
         log = os.open(self.attempt.node_log(self.node_rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -201,6 +201,10 @@ class Node:
         if self.asked is None and self.files.stop_requested:
             self.asked = "a stop was asked for"
         return torchrun.wait()
+
+    def _terminated(self, *_: object) -> None:
+        """SLURM says so before it ends a job, and an operating system before it goes down: there is time to seal."""
+        self.asked = self.asked or "the node was sent SIGTERM, as by SLURM before it ends a job"
 
     def _listen(self, timeout_s: float) -> None:
         """Wait for a word of the launcher: `end` is gentle, like its silence for ever, and `kill` is not."""

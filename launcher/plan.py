@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from launcher import environment
+from launcher.backends import ARGV, slurm
 from launcher.hosts import Host
 from launcher.recipe import Recipe
+from launcher.rundir import Attempt, Run
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,13 @@ class Plan:
     state_bytes_per_rank: int
     """Weights, gradients and optimizer state; activations come on top and depend on the batch."""
     checkpoint_bytes: int
+    files: list[str]
+    """What is written before any rank starts."""
     commands: list[list[str]]
+    """For each node, how it is started; under slurm first the one that asks for the job."""
     deepspeed: dict[str, Any] | None
+    notes: list[str] = field(default_factory=list)
+    """What a person should know before saying yes."""
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "hosts": [h.to_json() for h in self.hosts]}
@@ -60,7 +68,12 @@ def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Pla
     accumulation = int(facts["accumulation"])
     weights, trained = int(facts["parameters"]), int(facts["trained_parameters"])
     state, saved = state_bytes(recipe, weights, trained, world_size)
-    node = "ATTEMPT/node.sh"
+    run = Run(recipe.run_path)
+    attempt = Attempt(run.attempts_dir / "0001")
+    files = [run.recipe, run.resolved, run.plan, run.provenance, *[run.deepspeed] * (recipe.zero_stage != "off")]
+    files += [attempt.env, attempt.hosts, attempt.interpreter, attempt.pythonpath, attempt.node_script]
+    asked = [slurm.sbatch(recipe, run)] if recipe.launch.backend == "slurm" else []
+    start = ARGV[recipe.launch.backend]
     return Plan(
         name=recipe.name,
         run_dir=str(recipe.run_path),
@@ -83,9 +96,24 @@ def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Pla
         trained_parameters=trained,
         state_bytes_per_rank=state,
         checkpoint_bytes=saved,
-        commands=[["bash", node, str(k)] for k in range(len(hosts))],
+        files=[str(path) for path in files],
+        commands=[*asked, *(start(attempt, k, host) for k, host in enumerate(hosts))],
         deepspeed=None if recipe.zero_stage == "off" else deepspeed_config(recipe, accumulation, trained),
+        notes=notes_on_job(recipe) if recipe.launch.backend == "slurm" else [],
     )
+
+
+def notes_on_job(recipe: Recipe) -> list[str]:
+    launch = recipe.launch
+    notes = ["node-000 and so on stand for the nodes that SLURM will give"]
+    if launch.processes == "auto" and launch.device != "cpu" and not environment.gpus_of_gres(launch.slurm.gres):
+        notes.append("one rank a node: launch.processes is auto, and launch.slurm.gres names no GPUs")
+    if not any(o.startswith(("--exclusive", "--cpus-per-task", "--cpus-per-gpu")) for o in launch.slurm.options):
+        notes.append(
+            "processors: as many as SLURM gives to one task, which is one at many sites; launch.slurm.options takes"
+            " --exclusive or --cpus-per-task=N"
+        )
+    return notes
 
 
 def state_bytes(recipe: Recipe, weights: int, trained: int, world_size: int) -> tuple[int, int]:

@@ -209,7 +209,23 @@ class Launch(Section):
             raise ValueError("backend local is this machine, one node; launch.nodes is of backends ssh and slurm")
         if self.backend == "slurm" and self.nodes == "auto":
             raise ValueError("backend slurm needs launch.nodes, how many nodes to ask for")
+        if self.backend == "slurm":
+            self._time_to_save()
         return self
+
+    def _time_to_save(self) -> None:
+        """A job that SLURM ends in the middle of a save is not requeued by anybody."""
+        time, warning, grace = self.slurm.time, self.slurm.warning, self.stop_grace
+        if time is not None and time <= warning + 60:
+            raise ValueError(
+                f"slurm.time, {time:g} s, leaves nothing to train in: SLURM may warn slurm.warning, {warning:g} s, and"
+                f" 60 s more before that, {warning + 60:g} s in all"
+            )
+        if warning < grace + 10:
+            raise ValueError(
+                f"slurm.warning, {warning:g} s, must be longer than launch.stop_grace, {grace:g} s, and 10 s for the"
+                f" end of a job: at least {grace + 10:g} s"
+            )
 
 
 class Synthesize(Section):

@@ -36,6 +36,8 @@ class Report:
     failure: dict[str, Any] | None
     """Why the last attempt ended, where it failed."""
     holder: dict[str, Any] | None
+    job: dict[str, Any] | None = None
+    """SLURM's last job of the run: id, state, reason. Not from its files: `jobs.py` asks SLURM."""
 
     @property
     def audio_s(self) -> float:

@@ -94,6 +94,8 @@ class Attempt:
         self.node_script = root / "node.sh"
         self.env = root / "env.json"
         self.hosts = root / "hosts.json"
+        self.interpreter = root / "interpreter"
+        self.pythonpath = root / "pythonpath"
         self.rendezvous = root / "rendezvous.json"
         self.lease = root / "lease"
         self.exit = root / "exit.json"
@@ -129,6 +131,10 @@ class Attempt:
     def ssh_log(self, node_rank: int) -> Path:
         """What ssh said here. Not the node's log: on NFS two machines cannot append to one file."""
         return self.logs / f"ssh-{node_rank:03d}.log"
+
+    def srun_log(self, node_rank: int) -> Path:
+        """What srun said, on the first node of the job."""
+        return self.logs / f"srun-{node_rank:03d}.log"
 
     def rank(self, rank: int) -> Path:
         """Who this rank is: host, pid and start time. Written before torch is imported."""
@@ -385,15 +391,16 @@ class RunLock:
     PATIENCE_S = 1.0
     """Those who only ask for the holder take the lock for a moment, too."""
 
-    def __init__(self, run: Run, command: str) -> None:
+    def __init__(self, run: Run, command: str, patience_s: float = PATIENCE_S) -> None:
         self.run = run
         self.command = command
+        self.patience_s = patience_s
         self.fd = -1
 
     def __enter__(self) -> RunLock:
         with storage_errors(self.run.lock):
             self.fd = os.open(self.run.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + self.PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         while not self._try():
             if time.monotonic() > deadline:
                 os.close(self.fd)

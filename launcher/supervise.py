@@ -62,7 +62,8 @@ def to_the_end(
             wait_for_the_last(run, recipe.launch.stop_grace)
             recovery.settle(run)
             attempt = prepare_attempt(run, recipe.launch, plan, fresh=fresh)
-            note(attempt, "started", sealed=-1 if fresh else recovery.sealed(run), by_hand=by_hand)
+            job = {"job": os.environ["SLURM_JOB_ID"]} if plan.backend == "slurm" else {}
+            note(attempt, "started", sealed=-1 if fresh else recovery.sealed(run), by_hand=by_hand, **job)
             code, failed = run_attempt(attempt, plan, recipe.launch, tell, received)
             note(attempt, "ended", code=int(code), sealed=recovery.sealed(run))
             if failed is None:
@@ -144,8 +145,8 @@ def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Att
     }
     rundir.write_json(attempt.env, env, mode=0o600)
     rundir.write_json(attempt.hosts, [h.to_json() for h in plan.hosts])
-    rundir.write_bytes(attempt.root / "interpreter", f"{sys.executable}\n".encode())
-    rundir.write_bytes(attempt.root / "pythonpath", os.environ.get("PYTHONPATH", "").encode())
+    rundir.write_bytes(attempt.interpreter, f"{sys.executable}\n".encode())
+    rundir.write_bytes(attempt.pythonpath, os.environ.get("PYTHONPATH", "").encode())
     rundir.write_bytes(attempt.node_script, NODE_SCRIPT.encode(), mode=0o755)
     return attempt
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -86,7 +88,7 @@ def grid(rows: list[tuple[str, str]]) -> None:
 
 def plan(value: Plan) -> None:
     """The plan as a person reads it before saying yes."""
-    ranks = f"{value.world_size} on " + ", ".join(f"{h.name} ({h.slots})" for h in value.hosts)
+    ranks = f"{value.world_size} on {machines(value)}"
     stage = "off (Accelerate)" if value.deepspeed is None else str(value.deepspeed["zero_optimization"]["stage"])
     left_out = "".join(f"; left out: {count} {reason}" for reason, count in value.left_out.items())
     grid(
@@ -105,9 +107,36 @@ def plan(value: Plan) -> None:
             ("model", f"{value.parameters:,} parameters, {value.trained_parameters:,} trained"),
             ("memory", f"{size(value.state_bytes_per_rank)} of model states a rank, activations on top"),
             ("checkpoint", size(value.checkpoint_bytes)),
-            *((f"node {k}", " ".join(command)) for k, command in enumerate(value.commands)),
+            *(("note", note) for note in value.notes),
+            *(("file", file) for file in value.files),
+            *commands(value),
         ]
     )
+
+
+MANY = 8
+"""More hosts than this are not listed in a line; each has its own further down."""
+
+
+def machines(value: Plan) -> str:
+    """Hosts and their ranks; of many, how many have how many."""
+    if len(value.hosts) <= MANY:
+        return ", ".join(f"{h.name} ({h.slots})" for h in value.hosts)
+    slots = Counter(h.slots for h in value.hosts)
+    return f"{len(value.hosts)} hosts (" + ", ".join(f"{count} x {ranks}" for ranks, count in slots.items()) + ")"
+
+
+def commands(value: Plan) -> list[tuple[str, str]]:
+    """What is started, as a shell would read it. From the second node on, the words that are those of the first node's
+    command up to the first that differs are an ellipsis."""
+    asked, nodes = value.commands[: -len(value.hosts)], value.commands[-len(value.hosts) :]
+    rows = [("job", shlex.join(command)) for command in asked]
+    for k, command in enumerate(nodes):
+        same = 0
+        while k and same < len(command) and command[same] == nodes[0][same]:
+            same += 1
+        rows.append((f"node {k}", ("… " if same else "") + shlex.join(command[same:])))
+    return rows
 
 
 class Progress:
@@ -183,6 +212,7 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
         [
             ("run", f"{value.name} in {value.run_dir}"),
             ("state", state(value)),
+            *([("job", "{id} {state} {reason}".format(**value.job).strip())] if value.job else []),
             ("steps", f"{value.step} of {value.max_steps}, {counted(value.attempts, 'attempt')}"),
             ("audio", audio if value.metrics else "none yet"),
             ("sealed", (", ".join(str(s) for s in value.sealed) or "none yet") + best),
@@ -202,6 +232,10 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
         for line in value.failure["evidence"]:
             answer(f"evidence: {line}")
         answer(f"hint: {value.failure['hint']}")
+    commands_next(commands)
+
+
+def commands_next(commands: list[str]) -> None:
     answer("\nnext:")
     for command in commands:
         answer(f"  {command}")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launcher import rundir
-from launcher.errors import HostError
+from launcher.errors import ExitCode, HostError
 from launcher.hosts import Host
 from launcher.node import OVER, Node, head_address, interface_to, torchrun_argv
 from launcher.rundir import Attempt
@@ -132,15 +132,15 @@ def test_a_request_to_stop_has_the_same_grace(stub: Stub) -> None:
     assert rundir.read_json(attempt.node(0))["killed"].startswith("a stop was asked for")
 
 
-def test_sigterm_ends_the_ranks_at_once(stub: Stub) -> None:
-    stub.behave("deaf", "train")
+def test_sigterm_lets_the_ranks_seal(stub: Stub) -> None:
+    """As scancel, a preemption or the end of a time limit say it, before SIGKILL."""
     attempt = stub.attempt(stop_grace_s=100)
     with node(stub, attempt) as process:
         process.terminate()
-        assert gone(stub.pids(), within_s=3)
-        assert process.wait(3) == 1
-    assert rundir.read_json(attempt.node(0))["killed"] == "the launcher was told to end at once"
-    assert not attempt.exit.exists()
+        assert gone(stub.pids(), within_s=10)
+        assert process.wait(10) == 0
+    assert "SIGTERM" in rundir.read_json(attempt.node(0))["asked"]
+    assert rundir.read_json(attempt.exit)["code"] == ExitCode.STOPPED
 
 
 def say(process: subprocess.Popen[str], word: str) -> None:

@@ -14,6 +14,7 @@ from tests.conftest import Golden
 
 WAV2VEC2 = {
     "name": "base-100h",
+    "run_dir": "/shared/runs/base-100h",
     "data": {"corpus": "LibriSpeech", "packs": "packs", "train": ["train-clean-100"]},
     "backbone": {"kind": "wav2vec2", "source": "facebook/wav2vec2-base"},
     "precision": "bf16",
@@ -61,7 +62,8 @@ def test_the_published_batch_on_any_number_of_ranks(ranks: int, accumulation: in
 def test_ranks_of_several_hosts_add_up() -> None:
     made = plan.make(recipe(), [Host("a", 4), Host("b", 3), Host("c", 1)], facts(1))
     assert made.world_size == 8
-    assert made.commands == [["bash", "ATTEMPT/node.sh", str(k)] for k in range(3)]
+    node = "/shared/runs/base-100h/attempts/0001/node.sh"
+    assert made.commands == [["bash", node, str(k)] for k in range(3)]
 
 
 @pytest.mark.parametrize(

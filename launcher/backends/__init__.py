@@ -6,11 +6,14 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 
-from launcher.backends import local, ssh
+from launcher.backends import local, slurm, ssh
 from launcher.hosts import Host
 from launcher.rundir import Attempt
 
 Start = Callable[[Attempt, int, Host], "subprocess.Popen[bytes]"]
 """(attempt, node rank, host) -> the process that stands for that node."""
 
-BACKENDS: dict[str, Start] = {"local": local.start, "ssh": ssh.start}
+BACKENDS: dict[str, Start] = {"local": local.start, "ssh": ssh.start, "slurm": slurm.start}
+
+ARGV: dict[str, Callable[[Attempt, int, Host], list[str]]] = {"local": local.argv, "ssh": ssh.argv, "slurm": slurm.argv}
+"""The same as the command that it is."""

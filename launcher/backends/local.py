@@ -9,6 +9,10 @@ from launcher.hosts import Host
 from launcher.rundir import Attempt
 
 
+def argv(attempt: Attempt, node_rank: int, host: Host) -> list[str]:
+    return ["bash", str(attempt.node_script), str(node_rank)]
+
+
 def start(attempt: Attempt, node_rank: int, host: Host) -> subprocess.Popen[bytes]:
     """A session of its own keeps Ctrl-C with the launcher, which asks the ranks to stop in good order.
 
@@ -18,7 +22,7 @@ def start(attempt: Attempt, node_rank: int, host: Host) -> subprocess.Popen[byte
     with attempt.node_log(node_rank).open("ab") as log:
         try:
             return subprocess.Popen(
-                ["bash", str(attempt.node_script), str(node_rank)],
+                argv(attempt, node_rank, host),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

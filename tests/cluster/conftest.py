@@ -52,11 +52,11 @@ set -e
 mount --make-rprivate /
 hostname "$2"
 cd "$1"
-for name in hosts nsswitch.conf resolv.conf ssh/ssh_config; do
-  [ ! -e "/etc/$name" ] || mount --bind "${name#ssh/}" "/etc/$name"
+for name in hosts nsswitch.conf resolv.conf ssh/ssh_config slurm; do
+  [ ! -e "/etc/$name" ] || [ ! -e "${name#ssh/}" ] || mount --bind "${name#ssh/}" "/etc/$name"
 done
 mount -t tmpfs tmpfs /run
-mkdir -p /run/sshd
+mkdir -p /run/sshd /run/munge
 ip link set lo up
 [ "$2" = desk ] || "$3" -f "sshd-$2" -E "log-$2"
 touch "up-$2"
@@ -92,14 +92,20 @@ class Cluster:
         self._run(*desk, "ip", "link", "add", "bridge0", "type", "bridge")
         self._run(*desk, "ip", "addr", "add", f"{NETWORK}.1/24", "dev", "bridge0")
         self._run(*desk, "ip", "link", "set", "bridge0", "up")
-        for name, address in self.hosts.items():
-            peer = ("peer", "name", "eth0", "netns", str(self.inside[name]))
-            self._run(*desk, "ip", "link", "add", f"to-{name}", "type", "veth", *peer)
-            self._run(*desk, "ip", "link", "set", f"to-{name}", "master", "bridge0", "up")
-            there = self._in(name, "--net")
-            self._run(*there, "ip", "addr", "add", f"{address}/24", "dev", "eth0")
-            self._run(*there, "ip", "link", "set", "eth0", "up")
-            wait_until(partial(self.answers, name))
+        for name in self.hosts:
+            self._connect(name)
+
+    def _connect(self, name: str) -> None:
+        desk, address = self._in("desk", "--net"), self.hosts[name]
+        card = f"02:00:00:00:00:{int(address.rpartition('.')[2]):02x}"  # the same after a boot: nobody asks for it anew
+        peer = ("peer", "name", "eth0", "address", card, "netns", str(self.inside[name]))
+        subprocess.run([*desk, "ip", "link", "del", f"to-{name}"], capture_output=True, check=False)  # of a life before
+        self._run(*desk, "ip", "link", "add", f"to-{name}", "type", "veth", *peer)
+        self._run(*desk, "ip", "link", "set", f"to-{name}", "master", "bridge0", "up")
+        there = self._in(name, "--net")
+        self._run(*there, "ip", "addr", "add", f"{address}/24", "dev", "eth0")
+        self._run(*there, "ip", "link", "set", "eth0", "up")
+        wait_until(partial(self.answers, name))
 
     def answers(self, name: str) -> bool:
         return self.at_desk("ssh", "-oBatchMode=yes", "-oConnectTimeout=2", name, "true").returncode == 0
@@ -114,10 +120,11 @@ class Cluster:
         (self.folder / "init").write_text(INIT)
         spaces = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         command = ["unshare", *spaces, "bash", str(self.folder / "init"), str(self.folder), name, sshd() or ""]
+        up = self.folder / f"up-{name}"
+        up.unlink(missing_ok=True)
         with (self.folder / f"init-{name}").open("wb") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.processes[name] = process
-        up = self.folder / f"up-{name}"
         wait_until(lambda: up.exists() or process.poll() is not None)
         assert up.exists(), (self.folder / f"init-{name}").read_text()
         self.inside[name] = psutil.Process(process.pid).children()[0].pid
@@ -126,6 +133,16 @@ class Cluster:
         """Have exactly these hosts in the user's known_hosts."""
         keys = {n: " ".join((self.folder / f"key-{n}.pub").read_text().split()[:2]) for n in names}
         (self.folder / "known_hosts").write_text("".join(f"{n},{self.hosts[n]} {key}\n" for n, key in keys.items()))
+
+    def power_off(self, name: str) -> None:
+        """No process of the host says goodbye to anybody."""
+        self.cut(name)
+        os.kill(self.inside.pop(name), 9)
+        self.processes[name].wait(20)
+
+    def power_on(self, name: str) -> None:
+        self._boot(name)
+        self._connect(name)
 
     def cut(self, name: str) -> None:
         """The cable out: nobody is told."""

@@ -27,7 +27,7 @@ FACTS = {
 
 def made_up(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
     launch = value.launch
-    machines = hosts.local(launch.processes, 0) if launch.hostfile is None else environment.machines(value)
+    machines = hosts.local(launch.processes, 0) if launch.backend == "local" else environment.machines(value)
     return plans.make(value, machines, FACTS), FACTS
 
 

@@ -1,0 +1,271 @@
+"""The SLURM jobs of a run: submitted, asked about, cancelled; and what a job knows of itself from the inside.
+
+Every job that a run had is a file of it, `slurm/job-12.json`, beside that job's log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import environment, rundir
+from launcher.backends import slurm
+from launcher.errors import HostError, UsageError
+from launcher.hosts import Host
+from launcher.nodelist import expand_nodelist
+from launcher.plan import Plan
+from launcher.recipe import Recipe
+from launcher.rundir import Run
+
+ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
+}
+"""SLURM's words for a job that will do nothing any more."""
+
+UNKNOWN = "UNKNOWN"
+
+UNREACHABLE = "Unable to contact slurm controller"
+"""SLURM's words where nobody has heard the question, so that it can be asked again."""
+
+PAUSES_S = (1, 2, 4)
+"""Before each further try."""
+
+PATIENCE_S = 60
+"""How long a job waits for the run's lock. SLURM starts another life of a job when it has given up the one before,
+which may still be ending on a host that SLURM has lost."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as SLURM has it."""
+
+    id: str
+    state: str
+    """One of SLURM's words, or UNKNOWN: SLURM forgets ended jobs, after some minutes where it keeps no accounts."""
+    reason: str
+    """Why it waits or how it ended; why it is unknown."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it waits, runs or is still ending."""
+        return self.state not in ENDED and self.state != UNKNOWN
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "is_there": self.is_there}
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.state}" + (f" ({self.reason})" if self.reason not in ("", "None") else "")
+
+
+# From outside --------------------------------------------------------------------------------------------------------
+
+
+def submit(run: Run, recipe: Recipe, *, fresh: bool = False) -> Job:
+    """
+    Raises:
+        UsageError: SLURM cannot write a log into a directory of this name.
+        HostError: SLURM refused, in its own words, or cannot be reached.
+    """
+    if re.search(r"[\\\x00-\x1f]", str(run.root)):
+        raise UsageError(
+            f"SLURM takes no backslash and no control character in the path of a log, and the run is {run.root}",
+            hint="--set run_dir=… somewhere else",
+        )
+    run.slurm.mkdir(exist_ok=True)  # sbatch would take a log that cannot be written, and the job would fail unseen
+    argv = slurm.sbatch(recipe, run, spared(run, recipe), ["--fresh"] * fresh)
+    said = _ask(argv)
+    if said.returncode != 0:
+        words = _words(said)
+        raise HostError(f"sbatch refused the job: {words}", hint=_hint(words))
+    job = said.stdout.strip().splitlines()[-1].partition(";")[0]  # the rest is the cluster's name
+    facts = {"job": job, "time": time.time(), "argv": argv, "exclude": recipe.launch.slurm.exclude}
+    rundir.write_json(_record(run, job), facts)
+    return Job(job, "PENDING", "")
+
+
+HINTS = (
+    ("partition", "`sinfo` lists the partitions; set launch.slurm.partition"),
+    ("account|association", "`sacctmgr show associations user=$USER` lists the accounts; set launch.slurm.account"),
+    ("(?i)qos", "set launch.slurm.qos, or leave it out"),
+    ("gres|generic resource", "`sinfo --format='%P %G'` lists what there is; set launch.slurm.gres"),
+    ("(?i)time limit", "`sinfo --format='%P %l'` lists the longest; set launch.slurm.time"),
+    ("[Nn]ode count|configuration", "`sinfo` shows what there is; set launch.nodes and launch.slurm for that"),
+    (UNREACHABLE, "`scontrol ping` asks for it; try again when it answers"),
+    ("unrecognized option|invalid option", "`sbatch --help` lists the options; mend launch.slurm.options"),
+)
+
+
+def _hint(words: str) -> str:
+    return next((hint for sign, hint in HINTS if re.search(sign, words)), "mend what it names in launch.slurm")
+
+
+def current(run: Run) -> Job | None:
+    """The last job of this run, as SLURM has it now; None where it never had one."""
+    ids = sorted((p.stem.removeprefix("job-") for p in run.slurm.glob("job-*.json")), key=lambda x: (len(x), x))
+    return look_up(ids[-1]) if ids else None
+
+
+def look_up(job: str) -> Job:
+    """By squeue, which also knows jobs that ended a while ago; where it does not, by sacct, which may not be there."""
+    try:
+        said = _ask(["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r"])
+        found = re.match(r"([A-Z_]+)\|(.*)", said.stdout.strip()) if said.returncode == 0 else None
+        if found is not None:
+            return Job(job, found[1], found[2])
+        accounts = _ask(["sacct", "--noheader", "--allocations", f"--jobs={job}", "--parsable2", "--format=State"])
+        if accounts.returncode == 0 and accounts.stdout.strip():
+            return Job(job, accounts.stdout.split()[0], "")  # `CANCELLED by 1000`
+        return Job(job, UNKNOWN, "SLURM has forgotten it" if UNREACHABLE not in said.stderr else _words(said))
+    except HostError as error:
+        return Job(job, UNKNOWN, error.message)
+
+
+def refuse_second(run: Run) -> None:
+    """
+    Raises:
+        UsageError: a job of this run is there already.
+    """
+    job = current(run)
+    if job is not None and job.is_there:
+        raise UsageError(
+            f"{run.root} has a job already: {job}",
+            hint=f"watch it with `speechctl status {run.root}`, end it with `speechctl stop {run.root}`",
+        )
+
+
+def cancel(job: Job) -> None:
+    """
+    Raises:
+        HostError: SLURM refused, or cannot be reached.
+    """
+    said = _ask(["scancel", job.id])
+    if said.returncode != 0:
+        raise HostError(f"scancel refused: {_words(said)}", hint=f"`scancel {job.id}` by hand, when SLURM answers")
+
+
+def environment_of_a_job(given: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a job gets of the user's environment: what ranks may have, this command, and settings for SLURM's own
+    commands. SLURM keeps the environment of every job that waits, so that nothing else is sent there."""
+    # Inside a job most of SLURM's variables are that job's, and the commands would take them for settings.
+    settings = r"SBATCH_\w+|SLURM_CONF" + ("" if "SLURM_JOB_ID" in given else r"|SLURM_\w+")
+    kept = {
+        name: value
+        for name, value in given.items()
+        if environment.PASSED_ON.fullmatch(name) or re.fullmatch(settings, name)
+    }
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{given.get('PATH', os.defpath)}"}
+
+
+def _ask(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's commands, again after a while where nobody could be reached.
+
+    Raises:
+        HostError: it is not there, or does not end.
+    """
+    for pause in (*PAUSES_S, None):
+        try:
+            said = subprocess.run(
+                argv,
+                env=environment_of_a_job(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=120,
+                check=False,
+            )
+        except OSError as error:
+            raise HostError(
+                f"cannot start {argv[0]}: {error.strerror}",
+                hint="run this where SLURM's commands are on PATH, such as the cluster's login node",
+            ) from error
+        except subprocess.TimeoutExpired as error:
+            raise HostError(
+                f"{argv[0]} does not end", hint="`scontrol ping` asks whether SLURM's controller answers"
+            ) from error
+        if said.returncode == 0 or UNREACHABLE not in said.stderr or pause is None:
+            return said
+        time.sleep(pause)
+    raise AssertionError("not reached")
+
+
+def _words(said: subprocess.CompletedProcess[str]) -> str:
+    """What a command said, in a line, without its own name before each."""
+    lines = [re.sub(r"^\w+: (error|fatal): ", "", line).strip() for line in said.stderr.splitlines()]
+    return "; ".join(line for line in lines if line) or f"it ended with {said.returncode} without a word"
+
+
+def _record(run: Run, job: str) -> Path:
+    return run.slurm / f"job-{job}.json"
+
+
+# From inside ---------------------------------------------------------------------------------------------------------
+
+
+def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:
+    """The hosts that SLURM gave to the job that this process runs in, which from here on is a job of the run.
+
+    Raises:
+        UsageError: there is no job around this process, or not one for this run.
+    """
+    job, names = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")
+    if job is None or names is None:
+        raise UsageError(
+            "--in-allocation is for a process in a SLURM job, and this is in none",
+            hint=f"`speechctl resume {run.root}` submits a job; slurm/train.sbatch runs this in it",
+        )
+    if recipe.launch.backend != "slurm":
+        raise UsageError(
+            f"{run.root} was launched for backend {recipe.launch.backend}, not for a SLURM job",
+            hint="launch it with --backend slurm and a run_dir of its own",
+        )
+    found = expand_nodelist(names)
+    if len(found) != len(plan.hosts):
+        raise UsageError(
+            f"{run.root} was launched for {len(plan.hosts)} nodes; job {job} has {len(found)}: {names}",
+            hint=f"sbatch --nodes={len(plan.hosts)}; another number of ranks cannot take over a run yet",
+        )
+    run.slurm.mkdir(exist_ok=True)
+    if not _record(run, job).exists():  # submitted by hand
+        excluded = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%x"]).stdout.strip()
+        facts = {"job": job, "time": time.time(), "argv": None, "exclude": excluded.replace("(null)", "") or None}
+        rundir.write_json(_record(run, job), facts)
+    return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
+
+
+def has_begun(run: Run) -> bool:
+    """Whether ranks of this job have trained already, in an earlier life of it."""
+    job = os.environ.get("SLURM_JOB_ID")
+    mine = [a for a in run.attempts() if any(e.get("job") == job for e in rundir.read_lines(a.supervisor))]
+    return any(e["event"] == "started" for a in mine for e in rundir.read_lines(a.events))
+
+
+def leave_exclusions(run: Run, recipe: Recipe) -> None:
+    """Say which hosts the job's next life is to keep away from, where train.sbatch looks for it."""
+    own = (rundir.read_json(_record(run, os.environ["SLURM_JOB_ID"])) or {}).get("exclude")
+    names = spared(run, recipe)
+    text = ",".join(filter(None, [own, *names])) if names else ""
+    rundir.write_bytes(run.slurm / "exclude", text.encode())
+
+
+def spared(run: Run, recipe: Recipe) -> list[str]:
+    """Hosts at which something failed not long ago, as far as there are enough others: a job that cannot have its
+    nodes would wait for ever."""
+    now = time.time()
+    avoided = list(dict.fromkeys(r["host"] for r in rundir.read_lines(run.avoided) if r["until"] > now))
+    if not avoided or recipe.launch.nodes == "auto":
+        return []
+    where = [f"--partition={recipe.launch.slurm.partition}"] if recipe.launch.slurm.partition else []
+    said = _ask(
+        ["sinfo", "--noheader", "--Node", "--responding", "--states=idle,alloc,mix,comp", "--format=%N", *where]
+    )
+    left = set(said.stdout.split()) - set(avoided)
+    return avoided if said.returncode == 0 and len(left) >= recipe.launch.nodes else []
