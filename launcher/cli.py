@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -40,8 +39,27 @@ recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_mar
 app.add_typer(recipe_app, name="recipe")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
+
+
+def _run_named(path: Path) -> Path:
+    """A run under `runs` may be called by its name alone."""
+    named = "runs" / path
+    is_run, is_named = ((p / "resolved.yaml").is_file() for p in (path, named))
+    return named if is_named and not is_run and len(path.parts) == 1 else path
+
+
 RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/NAME.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's directory, such as runs/NAME, or its NAME there.",
+        show_default=False,
+        callback=_run_named,
+    ),
+]
+Detach = Annotated[
+    bool,
+    typer.Option("--detach", "-d", help="Go on without this terminal; `attach` follows. A SLURM job needs none."),
 ]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one value: --set batch.step_seconds=100s.")
@@ -173,6 +191,7 @@ def launch(
     debug: Annotated[
         bool, typer.Option("--debug", help="One process, no DeepSpeed, in this terminal: breakpoints work.")
     ] = False,
+    detach: Detach = False,
 ) -> None:
     """Start a new run of a recipe and follow it to its end.
 
@@ -186,9 +205,10 @@ def launch(
     reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
     something under the run died (resume), 77 out of memory.
     """
-    from launcher import new_run, ui
+    from launcher import follow, new_run, ui
     from launcher.rundir import Run, RunLock
 
+    _refuse_both(debug, detach)
     if debug:
         here = ("backend=local", "hostfile=null", "include=[]", "exclude=[]", "processes=1")
         overrides = [*overrides, *(f"launch.{word}" for word in here), "zero_stage=off"]
@@ -203,6 +223,8 @@ def launch(
         new_run.create(run, recipe, path, made, facts)
     steps, ranks = ui.counted(made.max_steps, "step"), ui.counted(made.world_size, "rank")
     ui.say(f"{made.name}: {steps} on {ranks}, in {run.root}")
+    if detach and follow.is_needed(value.launch.backend):
+        raise typer.Exit(follow.tell_detached(run))
     with RunLock(run, " ".join(sys.argv)):
         _attempt(run, value, made, fresh=False, debug=debug)
 
@@ -217,6 +239,7 @@ def resume(
     debug: Annotated[
         bool, typer.Option("--debug", help="In this terminal; only for a run launched with --debug.")
     ] = False,
+    detach: Detach = False,
 ) -> None:
     """Go on with a run from the newest checkpoint that verifies.
 
@@ -225,13 +248,16 @@ def resume(
     """
     import dataclasses
 
-    from launcher import environment, new_run, recipe_file, report, rundir, ui
+    from launcher import environment, follow, new_run, recipe_file, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
 
     where = Run(run)
+    _refuse_both(debug, detach)
     report.read(where)  # refuses what is no run before anything is written there
+    if detach and follow.is_needed(recipe_file.load(where.resolved).launch.backend):
+        raise typer.Exit(follow.tell_detached(where, *["--fresh"] * fresh))
     with RunLock(where, " ".join(sys.argv)):
         state = report.read(where)
         if state.state == "finished" and state.max_steps in state.sealed and not fresh:
@@ -269,6 +295,90 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def why(
+    run: RunPath,
+    attempt: Annotated[int | None, typer.Option(help="Another attempt than the last one that failed.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a run failed: first cause, evidence, verdict, and what to type next."""
+    from launcher import ui
+    from launcher import why as reasons
+    from launcher.rundir import Run
+
+    value = reasons.diagnose(Run(run), attempt)
+    if as_json:
+        ui.answer(json.dumps(value.to_json(), indent=1))
+    else:
+        ui.why(value)
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until the run ends.")] = False,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANKS", help="0,3-5, all, or failed: those that failed. Without it: 0.", show_default=False
+        ),
+    ] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODES",
+            help="0,2, host names, or all: what these nodes, ssh to them, and their ranks have said.",
+            show_default=False,
+        ),
+    ] = None,
+    attempt: Annotated[
+        str | None,
+        typer.Option(metavar="ATTEMPTS", help="2, 1-3, all, or last. Without it: last.", show_default=False),
+    ] = None,
+    tail: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Only the last N lines of each log.", show_default=False),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Only logs that grew in the last 10m, 2h, ….", show_default=False),
+    ] = None,
+    grep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Only lines in which this is found; --tail counts them.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the ranks and nodes of a run have said, each line with its writer.
+
+    Without options: all that rank 0 of the last attempt said. With --rank failed: of the last attempt that failed.
+    Lines carry no time: they come log by log, and with -f, after those that are there, as they are written, of later
+    attempts too. --json prints one object a line.
+    """
+    from launcher import follow as following
+    from launcher import logs as files
+    from launcher.rundir import Run
+
+    since_s = _length_of_time("--since", since) if since is not None else None
+    view = files.View(tail, since_s, files.pattern(grep or ""))
+    following.print_logs(Run(run), files.Selection(rank, node, attempt), view, follow=follow, as_json=as_json)
+
+
+@app.command()
+def attach(run: RunPath) -> None:
+    """Follow a running run, from any machine that sees its directory.
+
+    Prints what `launch` prints and ends as it does, with its exit code. Ctrl-C leaves the run running (exit 130);
+    `speechctl stop RUN` ends it. Of a run that is not running it says how that ended.
+    """
+    from launcher import follow
+    from launcher.rundir import Run
+
+    raise typer.Exit(follow.attach(Run(run)))
+
+
+@app.command()
 def stop(
     run: RunPath,
     wait: Annotated[bool, typer.Option(help="Whether to wait until the run has ended.")] = True,
@@ -302,13 +412,13 @@ def evaluate(
     """Compute the WER of a sealed checkpoint, in one process and in fp32."""
     import re
 
-    from launcher import ui
+    from launcher import report, ui
     from launcher.errors import UsageError
     from launcher.recipe import NAME
     from launcher.rundir import Run
 
     where = Run(run)
-    step = _which(where, checkpoint)
+    step = report.sealed_step(where, checkpoint)
     subset = list(dict.fromkeys(subset))
     for name in subset:
         if not re.fullmatch(NAME, name):
@@ -337,12 +447,12 @@ def export(
     checkpoint: Step = "best",
 ) -> None:
     """Write a checkpoint's model as a directory that other programs load."""
-    from launcher import ui
+    from launcher import report, ui
     from launcher.errors import UsageError
     from launcher.rundir import Run
 
     where = Run(run)
-    step = _which(where, checkpoint)
+    step = report.sealed_step(where, checkpoint)
     folder = (target or where.exports / f"step-{step:08d}").absolute()
     if folder.exists():
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
@@ -432,51 +542,28 @@ def _attempt(run: Run, value: Recipe, made: Plan, *, fresh: bool, debug: bool) -
 
 
 def _show(run: Run) -> None:
-    """The report of a run as it stands, with the commands that make sense next."""
-    from launcher import report, ui
+    from launcher import ui
 
-    value = report.read(run)
-    root = shlex.quote(str(run.root))
-    at = value.best["step"] if value.best else (value.sealed[-1] if value.sealed else 0)
-    heard_at = value.best["step"] if value.best else (value.evaluations[-1]["step"] if value.evaluations else 0)
-    if value.state == "running":
-        commands = [f"speechctl status {root}", f"speechctl stop {root}"]
-    elif value.state == "finished":
-        which = "" if value.best else " --checkpoint last"
-        commands = [
-            f"speechctl evaluate {root}{which}",
-            f"speechctl export {root}{which}",
-            f"speechctl transcribe {shlex.quote(f'{run.exports}/step-{at:08d}')} FILE.flac",
-        ]
-    else:
-        commands = [f"speechctl resume {root}"]
-    ui.report(value, report.samples(run, heard_at, 4), commands)
+    ui.show(run)
 
 
-def _which(run: Run, checkpoint: str) -> int:
-    """The step that `best`, `last` or a number means.
+def _refuse_both(debug: bool, detach: bool) -> None:
+    from launcher.errors import UsageError
 
-    Raises:
-        NotFoundError: no such checkpoint is sealed; lists those that are.
-    """
-    from launcher import report
-    from launcher.errors import NotFoundError
+    if debug and detach:
+        raise UsageError("--debug is in this terminal, --detach without one", hint="leave one of them out")
 
-    value = report.read(run)
-    best = value.best["step"] if value.best else None
-    named = {"best": best, "last": value.sealed[-1] if value.sealed else None}
-    number = int(checkpoint) if checkpoint.isascii() and checkpoint.isdigit() else None
-    step = named.get(checkpoint, number)
-    if step is None or step not in value.sealed:
-        if not value.sealed:
-            raise NotFoundError(
-                f"{run.root} has no sealed checkpoint yet", hint=f"`speechctl status {run.root}` shows where it stands"
-            )
-        raise NotFoundError(
-            f"{run.root} has no checkpoint {checkpoint}",
-            hint=f"--checkpoint takes best, last, or one of its sealed steps: {', '.join(map(str, value.sealed))}",
-        )
-    return step
+
+def _length_of_time(option: str, text: str) -> float:
+    from pydantic import TypeAdapter, ValidationError
+
+    from launcher.errors import UsageError
+    from launcher.recipe import Seconds
+
+    try:
+        return TypeAdapter(Seconds).validate_python(text)
+    except ValidationError as error:
+        raise UsageError(f"{option} {text!r} is no length of time", hint="such as 90s, 10m, 2h or 01:30:00") from error
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Run:
         self.tensorboard = self.root / "tensorboard"
         self.slurm = self.root / "slurm"
         self.avoided = self.root / "avoided.jsonl"
+        self.launcher_log = self.root / "launcher.log"
 
     def exists(self) -> bool:
         return self.resolved.is_file()

@@ -31,12 +31,15 @@ ORDER = (
     "plan",
     "new_run",
     "report",
+    "logs",
+    "why",
     "node",
     "backends.local",
     "backends.ssh",
     "backends",
     "supervise",
     "ui",
+    "follow",
     "cli",
 )
 """The control side. A module imports only modules that stand before it."""
