@@ -42,8 +42,27 @@ recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_mar
 app.add_typer(recipe_app, name="recipe")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
+
+
+def _run_named(path: Path) -> Path:
+    """A run under `runs` may be called by its name alone."""
+    named = "runs" / path
+    is_run, is_named = ((p / "resolved.yaml").is_file() for p in (path, named))
+    return named if is_named and not is_run and len(path.parts) == 1 else path
+
+
 RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/NAME.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's directory, such as runs/NAME, or its NAME there.",
+        show_default=False,
+        callback=_run_named,
+    ),
+]
+Detach = Annotated[
+    bool,
+    typer.Option("--detach", "-d", help="Go on without this terminal; `attach` follows. A SLURM job needs none."),
 ]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one value: --set batch.step_seconds=100s.")
@@ -188,6 +207,7 @@ def launch(
     debug: Annotated[
         bool, typer.Option("--debug", help="One process, no DeepSpeed, in this terminal: breakpoints work.")
     ] = False,
+    detach: Detach = False,
 ) -> None:
     """Start a new run of a recipe and follow it to its end.
 
@@ -206,9 +226,10 @@ def launch(
     reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
     something under the run died (resume), 77 out of memory, 78 no progress in several attempts (look into it first).
     """
-    from launcher import new_run, ui
+    from launcher import follow, new_run, ui
     from launcher.rundir import Run, RunLock
 
+    _refuse_both(debug, detach)
     if backend is not None:
         overrides = [f"launch.backend={backend}", *(f"launch.{word}" for word in NOT_OF[backend]), *overrides]
     if debug:
@@ -234,6 +255,8 @@ def launch(
         return
     steps, ranks = ui.counted(made.max_steps, "step"), ui.counted(made.world_size, "rank")
     ui.say(f"{made.name}: {steps} on {ranks}, in {run.root}")
+    if detach and follow.is_needed(value.launch.backend):
+        raise typer.Exit(follow.tell_detached(run))
     with RunLock(run, " ".join(sys.argv)):
         _attempt(run, value, made, fresh=False, debug=debug)
 
@@ -251,6 +274,7 @@ def resume(
     in_allocation: Annotated[
         bool, typer.Option("--in-allocation", help="On the nodes of the SLURM job that this is in (train.sbatch).")
     ] = False,
+    detach: Detach = False,
 ) -> None:
     """Go on with a run from the newest checkpoint that verifies.
 
@@ -259,13 +283,16 @@ def resume(
     """
     import dataclasses
 
-    from launcher import environment, jobs, new_run, recipe_file, recovery, report, rundir, ui
+    from launcher import environment, follow, jobs, new_run, recipe_file, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
 
     where = Run(run)
+    _refuse_both(debug, detach)
     report.read(where)  # refuses what is no run before anything is written there
+    if detach and follow.is_needed(recipe_file.load(where.resolved).launch.backend):
+        raise typer.Exit(follow.tell_detached(where, *["--fresh"] * fresh))
     with RunLock(where, " ".join(sys.argv), jobs.PATIENCE_S if in_allocation else RunLock.PATIENCE_S):
         state = report.read(where)
         if state.state == "finished" and state.max_steps in state.sealed and not fresh:
@@ -289,7 +316,7 @@ def resume(
             jobs.refuse_second(where)
             _say_submitted(where, jobs.submit(where, value, fresh=fresh))
             return
-        machines = environment.machines(value, recovery.avoided(where))
+        machines = environment.machines(value, rundir.avoided(where))
         was, now = (sum(h.slots for h in some) for some in (made.hosts, machines))
         if was != now:
             place = "on this machine" if value.launch.hostfile is None else f"by {value.launch.hostfile}"
@@ -312,6 +339,90 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
         ui.answer(json.dumps(_read_with_job(Run(run)).to_json(), indent=1))
     else:
         _show(Run(run))
+
+
+@app.command()
+def why(
+    run: RunPath,
+    attempt: Annotated[int | None, typer.Option(help="Another attempt than the last one that failed.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a run failed: first cause, evidence, verdict, and what to type next."""
+    from launcher import ui
+    from launcher import why as reasons
+    from launcher.rundir import Run
+
+    value = reasons.diagnose(Run(run), attempt)
+    if as_json:
+        ui.answer(json.dumps(value.to_json(), indent=1))
+    else:
+        ui.why(value)
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until the run ends.")] = False,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANKS", help="0,3-5, all, or failed: those that failed. Without it: 0.", show_default=False
+        ),
+    ] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODES",
+            help="0,2, host names, or all: what these nodes, ssh to them, and their ranks have said.",
+            show_default=False,
+        ),
+    ] = None,
+    attempt: Annotated[
+        str | None,
+        typer.Option(metavar="ATTEMPTS", help="2, 1-3, all, or last. Without it: last.", show_default=False),
+    ] = None,
+    tail: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Only the last N lines of each log.", show_default=False),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Only logs that grew in the last 10m, 2h, ….", show_default=False),
+    ] = None,
+    grep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Only lines in which this is found; --tail counts them.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the ranks and nodes of a run have said, each line with its writer.
+
+    Without options: all that rank 0 of the last attempt said. With --rank failed: of the last attempt that failed.
+    Lines carry no time: they come log by log, and with -f, after those that are there, as they are written, of later
+    attempts too. --json prints one object a line.
+    """
+    from launcher import follow as following
+    from launcher import logs as files
+    from launcher.rundir import Run
+
+    since_s = _length_of_time("--since", since) if since is not None else None
+    view = files.View(tail, since_s, files.pattern(grep or ""))
+    following.print_logs(Run(run), files.Selection(rank, node, attempt), view, follow=follow, as_json=as_json)
+
+
+@app.command()
+def attach(run: RunPath) -> None:
+    """Follow a running run, from any machine that sees its directory.
+
+    Prints what `launch` prints and ends as it does, with its exit code. Ctrl-C leaves the run running (exit 130);
+    `speechctl stop RUN` ends it. Of a run that is not running it says how that ended.
+    """
+    from launcher import follow
+    from launcher.rundir import Run
+
+    raise typer.Exit(follow.attach(Run(run)))
 
 
 @app.command()
@@ -353,13 +464,13 @@ def evaluate(
     """Compute the WER of a sealed checkpoint, in one process and in fp32."""
     import re
 
-    from launcher import ui
+    from launcher import report, ui
     from launcher.errors import UsageError
     from launcher.recipe import NAME
     from launcher.rundir import Run
 
     where = Run(run)
-    step = _which(where, checkpoint)
+    step = report.sealed_step(where, checkpoint)
     subset = list(dict.fromkeys(subset))
     for name in subset:
         if not re.fullmatch(NAME, name):
@@ -388,12 +499,12 @@ def export(
     checkpoint: Step = "best",
 ) -> None:
     """Write a checkpoint's model as a directory that other programs load."""
-    from launcher import ui
+    from launcher import report, ui
     from launcher.errors import UsageError
     from launcher.rundir import Run
 
     where = Run(run)
-    step = _which(where, checkpoint)
+    step = report.sealed_step(where, checkpoint)
     folder = (target or where.exports / f"step-{step:08d}").absolute()
     if folder.exists():
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
@@ -507,10 +618,9 @@ def _submit_new(run: Run, value: Recipe) -> None:
 def _say_submitted(run: Run, job: Job) -> None:
     from launcher import ui
 
-    root = shlex.quote(str(run.root))
     log = run.slurm / f"job-{job.id}.log"
     ui.grid([("job", job.id), ("run", str(run.root)), ("log", str(log))])
-    ui.commands_next([f"speechctl status {root}", f"speechctl stop {root}"])
+    ui.commands_next([f"speechctl {verb} {shlex.quote(str(run.root))}" for verb in ("status", "attach", "stop")])
 
 
 def _read_with_job(run: Run) -> Report:
@@ -525,51 +635,28 @@ def _read_with_job(run: Run) -> Report:
 
 
 def _show(run: Run) -> None:
-    """The report of a run as it stands, with the commands that make sense next."""
-    from launcher import report, ui
+    from launcher import ui
 
-    value = _read_with_job(run)
-    root = shlex.quote(str(run.root))
-    at = value.best["step"] if value.best else (value.sealed[-1] if value.sealed else 0)
-    heard_at = value.best["step"] if value.best else (value.evaluations[-1]["step"] if value.evaluations else 0)
-    if value.state == "running" or (value.job or {}).get("is_there"):
-        commands = [f"speechctl status {root}", f"speechctl stop {root}"]
-    elif value.state == "finished":
-        which = "" if value.best else " --checkpoint last"
-        commands = [
-            f"speechctl evaluate {root}{which}",
-            f"speechctl export {root}{which}",
-            f"speechctl transcribe {shlex.quote(f'{run.exports}/step-{at:08d}')} FILE.flac",
-        ]
-    else:
-        commands = [f"speechctl resume {root}"]
-    ui.report(value, report.samples(run, heard_at, 4), commands)
+    ui.show(run, _read_with_job(run))
 
 
-def _which(run: Run, checkpoint: str) -> int:
-    """The step that `best`, `last` or a number means.
+def _refuse_both(debug: bool, detach: bool) -> None:
+    from launcher.errors import UsageError
 
-    Raises:
-        NotFoundError: no such checkpoint is sealed; lists those that are.
-    """
-    from launcher import report
-    from launcher.errors import NotFoundError
+    if debug and detach:
+        raise UsageError("--debug is in this terminal, --detach without one", hint="leave one of them out")
 
-    value = report.read(run)
-    best = value.best["step"] if value.best else None
-    named = {"best": best, "last": value.sealed[-1] if value.sealed else None}
-    number = int(checkpoint) if checkpoint.isascii() and checkpoint.isdigit() else None
-    step = named.get(checkpoint, number)
-    if step is None or step not in value.sealed:
-        if not value.sealed:
-            raise NotFoundError(
-                f"{run.root} has no sealed checkpoint yet", hint=f"`speechctl status {run.root}` shows where it stands"
-            )
-        raise NotFoundError(
-            f"{run.root} has no checkpoint {checkpoint}",
-            hint=f"--checkpoint takes best, last, or one of its sealed steps: {', '.join(map(str, value.sealed))}",
-        )
-    return step
+
+def _length_of_time(option: str, text: str) -> float:
+    from pydantic import TypeAdapter, ValidationError
+
+    from launcher.errors import UsageError
+    from launcher.recipe import Seconds
+
+    try:
+        return TypeAdapter(Seconds).validate_python(text)
+    except ValidationError as error:
+        raise UsageError(f"{option} {text!r} is no length of time", hint="such as 90s, 10m, 2h or 01:30:00") from error
 
 
 if __name__ == "__main__":

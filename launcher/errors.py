@@ -90,6 +90,8 @@ class InfrastructureError(SpeechctlError):
 
 def printable(text: str) -> str:
     """`text` with every control character but the newline written as an escape."""
+    if text.isprintable():  # the case of nearly all lines of a log, a hundred times as fast
+        return text
     return "".join(
         c
         if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")

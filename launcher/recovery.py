@@ -125,12 +125,6 @@ def avoid(attempt: Attempt, failed: Failure, for_s: float) -> None:
         rundir.append_line(attempt.run.avoided, {"host": failed.host, "time": now, "until": now + for_s, **why})
 
 
-def avoided(run: Run, now: float | None = None) -> dict[str, dict[str, Any]]:
-    """By its name, the newest reason to leave a host out. One that has expired is none."""
-    now = time.time() if now is None else now
-    return {row["host"]: row for row in rundir.read_lines(run.avoided) if row["until"] > now}
-
-
 def used_again(hosts: Collection[Host], names: Mapping[str, Any]) -> list[str]:
     """Hosts that are to be left out and are needed all the same."""
     return [host.name for host in hosts if host.name in names]

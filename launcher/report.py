@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher import rundir
 from launcher.errors import DataError, ExitCode, NotFoundError
-from launcher.rundir import Run
+from launcher.rundir import Attempt, Run
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host's part in an attempt."""
+
+    number: int
+    host: str
+    """Empty where the attempt does not say."""
+    ranks: list[int]
+    doing: dict[str, dict[str, Any]]
+    """By rank: phase, step, `unchanged_s`; as far as the node said so."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One attempt, in a line."""
+
+    number: int
+    started: float | None
+    hosts: list[str]
+    from_step: int | None
+    """None: its ranks did not begin to train."""
+    to_step: int | None
+    state: str
+    """As of the run."""
+    code: int | None
+    """The exit code that it ended with; None where nobody was there to say."""
+    failure: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -36,8 +67,24 @@ class Report:
     failure: dict[str, Any] | None
     """Why the last attempt ended, where it failed."""
     holder: dict[str, Any] | None
+    history: list[Start]
+    """All attempts, oldest first."""
+    nodes: list[Node]
+    """Of the attempt that went last."""
+    avoided: list[dict[str, Any]]
+    """Hosts that are left out for now: host, why, until."""
+    jobs: list[dict[str, Any]]
+    """What was submitted to SLURM: id, time."""
     job: dict[str, Any] | None = None
     """SLURM's last job of the run: id, state, reason. Not from its files: `jobs.py` asks SLURM."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """What a `launch` that ended like this run did has ended with; None while it runs, or before it did."""
+        if self.state in ("running", "created"):
+            return None
+        code = self.history[-1].code
+        return int(ExitCode.INFRASTRUCTURE) if code is None else code
 
     @property
     def audio_s(self) -> float:
@@ -48,7 +95,7 @@ class Report:
         return float(sum(m["step_s"] for m in self.metrics))
 
     def to_json(self) -> dict[str, Any]:
-        value = {k: v for k, v in vars(self).items() if k != "metrics"}
+        value = {k: v for k, v in asdict(self).items() if k != "metrics"}
         return {**value, "last": self.metrics[-1] if self.metrics else None}
 
 
@@ -78,32 +125,27 @@ def _read(run: Run) -> Report:
     paths = [p for p in sorted(run.evaluations.glob("step-*.json")) if p.name.count(".") == 1]
     evaluations: list[dict[str, Any]] = [rundir.read_json(p) for p in paths]
     metrics: dict[int, dict[str, Any]] = {}
+    reached: dict[int, tuple[int, int]] = {}
     for attempt in attempts:
         started = [e for e in rundir.read_lines(attempt.events) if e["event"] == "started"]
         if started:  # what older attempts did behind the step that it resumed from was rolled back
             step = started[0]["step"]
             metrics = {s: m for s, m in metrics.items() if s <= step}
             evaluations = [e for e in evaluations if e["step"] <= step or e["attempt"] >= attempt.number]
-        metrics.update({m["step"]: m for m in rundir.read_lines(attempt.metrics)})
+        own = {m["step"]: m for m in rundir.read_lines(attempt.metrics)}
+        metrics.update(own)
+        if started:
+            reached[attempt.number] = (started[0]["step"], max(own, default=started[0]["step"]))
     sealed, best = run.sealed_steps(), rundir.read_json(run.best)
     holder = rundir.holder(run)
     if holder is not None and (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
         holder = None  # the launcher itself, telling how its own run ended
-    last = attempts[-1] if attempts else None
-    ended = rundir.read_json(last.exit) if last else None
-    failure = rundir.read_json(last.failure) if last else None
-    if holder is not None:
-        state = "running"
-    elif failure is not None:
-        state = "failed"
-    elif ended is not None:
-        state = "finished" if ended["code"] == ExitCode.FINISHED else "stopped"
-    else:
-        state = "interrupted" if last else "created"
+    history = [start_of(a, reached.get(a.number), holder is not None and a is attempts[-1]) for a in attempts]
+    ended = history[-1].state if history else "created"
     return Report(
         name=plan["name"],
         run_dir=str(run.root),
-        state=state,
+        state="running" if holder is not None else ended,
         step=max(metrics, default=0),
         max_steps=plan["max_steps"],
         sealed=sealed,
@@ -111,12 +153,129 @@ def _read(run: Run) -> Report:
         evaluations=evaluations,
         metrics=[metrics[step] for step in sorted(metrics)],
         attempts=len(attempts),
-        failure=failure,
+        failure=history[-1].failure if history else None,
         holder=holder,
+        history=history,
+        nodes=[doing(attempts[-1], node) for node in layout(attempts[-1])] if attempts else [],
+        avoided=list(rundir.avoided(run).values()),
+        jobs=submitted(run),
     )
+
+
+def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> Start:
+    """
+    Args:
+        reached: the steps from which and to which it came.
+        held: whether a launcher has the run, and this is its newest attempt.
+    """
+    ended, failure = rundir.read_json(attempt.exit), rundir.read_json(attempt.failure)
+    times = (row["time"] for p in (attempt.supervisor, attempt.events) for row in rundir.read_lines(p)[:1])
+    if failure is not None:
+        state, code = "failed", failure["code"]
+    elif ended is not None:
+        state, code = "finished" if ended["code"] == ExitCode.FINISHED else "stopped", ended["code"]
+    else:
+        state, code = "running" if held else "interrupted", None
+    return Start(
+        number=attempt.number,
+        started=next(times, None),
+        hosts=[node.host for node in layout(attempt) if node.host],
+        from_step=reached and reached[0],
+        to_step=reached and reached[1],
+        state=state,
+        code=code,
+        failure=failure,
+    )
+
+
+def layout(attempt: Attempt) -> list[Node]:
+    """Which ranks are where. Where the attempt does not say: the ranks that have a log, on one node."""
+    hosts = rundir.read_json(attempt.hosts)
+    if hosts is None:
+        ranks = sorted(int(p.stem.removeprefix("rank-")) for p in attempt.logs.glob("rank-*.log"))
+        return [Node(0, "", ranks, {})]
+    nodes: list[Node] = []
+    first = 0
+    for number, host in enumerate(hosts):
+        nodes.append(Node(number, host["name"], list(range(first, first + host["slots"])), {}))
+        first += host["slots"]
+    return nodes
+
+
+def doing(attempt: Attempt, node: Node) -> Node:
+    """With what its ranks do, as far as it said so. It rewrites that in place, so that it may be read half."""
+    try:
+        said = rundir.read_json(attempt.root / "progress" / f"node-{node.number:03d}.json") or {}
+        return replace(node, doing=dict(said["ranks"]))
+    except (OSError, DataError, KeyError, TypeError, ValueError):
+        return node
+
+
+def submitted(run: Run) -> list[dict[str, Any]]:
+    """The run's SLURM jobs, by the files that `jobs.py` writes, oldest first."""
+    rows = [row for p in run.slurm.glob("job-*.json") if (row := rundir.read_json(p)) is not None]
+    return [{"id": row["job"], "time": row["time"]} for row in sorted(rows, key=lambda r: float(r["time"]))]
+
+
+def evidence(failure: dict[str, Any]) -> list[str]:
+    """Files and lines that show it."""
+    found = failure.get("evidence") or []
+    return [found] if isinstance(found, str) else [str(line) for line in found]
+
+
+def span(numbers: Sequence[int]) -> str:
+    """`0-3, 7`, of sorted numbers."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def samples(run: Run, step: int, count: int) -> list[dict[str, Any]]:
     """A few references with what the model heard, spread over the evaluation."""
     rows = rundir.read_lines(run.hypotheses(step))
     return rows[:: max(1, len(rows) // count)][:count]
+
+
+def commands(value: Report) -> list[str]:
+    """What makes sense to type next."""
+    root = shlex.quote(value.run_dir)
+    if value.state == "running" or (value.job or {}).get("is_there"):
+        return [f"speechctl {verb} {root}" for verb in ("attach", "stop")]
+    if value.state == "finished":
+        at = value.best["step"] if value.best else (value.sealed[-1] if value.sealed else 0)
+        which = "" if value.best else " --checkpoint last"
+        export = shlex.quote(f"{value.run_dir}/exports/step-{at:08d}")
+        return [
+            f"speechctl evaluate {root}{which}",
+            f"speechctl export {root}{which}",
+            f"speechctl transcribe {export} FILE.flac",
+        ]
+    reason = [f"speechctl why {root}"] if value.state in ("failed", "interrupted") else []
+    return [*reason, f"speechctl resume {root}"]
+
+
+def sealed_step(run: Run, which: str) -> int:
+    """The step that `best`, `last` or a number means.
+
+    Raises:
+        NotFoundError: no such checkpoint is sealed; lists those that are.
+    """
+    value = read(run)
+    best = value.best["step"] if value.best else None
+    named = {"best": best, "last": value.sealed[-1] if value.sealed else None}
+    number = int(which) if which.isascii() and which.isdigit() else None
+    step = named.get(which, number)
+    if step is None or step not in value.sealed:
+        if not value.sealed:
+            raise NotFoundError(
+                f"{run.root} has no sealed checkpoint yet", hint=f"`speechctl status {run.root}` shows where it stands"
+            )
+        raise NotFoundError(
+            f"{run.root} has no checkpoint {which}",
+            hint=f"--checkpoint takes best, last, or one of its sealed steps: {', '.join(map(str, value.sealed))}",
+        )
+    return step

@@ -46,6 +46,7 @@ class Run:
         self.tensorboard = self.root / "tensorboard"
         self.slurm = self.root / "slurm"
         self.avoided = self.root / "avoided.jsonl"
+        self.launcher_log = self.root / "launcher.log"
 
     def exists(self) -> bool:
         return self.resolved.is_file()
@@ -273,6 +274,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise DataError(f"{path}:{number} is not JSON: {error}", hint="it was damaged; remove that line") from error
     return rows
+
+
+def avoided(run: Run, now: float | None = None) -> dict[str, dict[str, Any]]:
+    """By its name, the newest reason to leave a host out. One that has expired is none."""
+    now = time.time() if now is None else now
+    return {row["host"]: row for row in read_lines(run.avoided) if row["until"] > now}
 
 
 # Seals ---------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def to_the_end(
                 return code
             if plan.backend != "local":
                 recovery.avoid(attempt, failed, recipe.launch.relaunch.avoid)
-            avoided = recovery.avoided(run)
+            avoided = rundir.avoided(run)
             moved = environment.moved(recipe, plan.hosts, avoided)
             decision = recovery.decide(
                 recovery.past(run), failed, recipe.launch.relaunch, can_move=moved != list(plan.hosts)

@@ -14,9 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from launcher.errors import printable
+from launcher import report as reports
+from launcher.errors import ExitCode, printable
 from launcher.plan import Plan
-from launcher.report import Report
+from launcher.report import Node, Report, Start, span
+from launcher.rundir import Run
+from launcher.why import VERDICTS, Diagnosis
 
 
 class _Plain(Console):
@@ -177,6 +180,16 @@ class Progress:
         for host in row["used_again"]:
             say(f"{host} is used again: no other host can take its place")
 
+    def catch_up(self, rows: list[dict[str, Any]]) -> None:
+        """Take in what was reported before we came, and print the last few facts of it."""
+        facts = [k for k, row in enumerate(rows) if row.get("event") is not None][-5:]
+        steps = [k for k, row in enumerate(rows) if row.get("event") is None][-1:]
+        for k, row in enumerate(rows):
+            err.quiet = k not in (*facts, *steps)
+            self.shown = -math.inf if k in steps else self.shown
+            self(row)
+        err.quiet = False
+
     def _step(self, row: dict[str, Any]) -> None:
         self.audio_s += row["audio_s"]
         self.step_s += row["step_s"]
@@ -203,6 +216,17 @@ LINES = {
 }
 
 
+def show(run: Run, value: Report) -> None:
+    """A run at a glance, and what makes sense to type next."""
+    heard_at = value.best["step"] if value.best else (value.evaluations[-1]["step"] if value.evaluations else 0)
+    report(value, reports.samples(run, heard_at, 4), reports.commands(value))
+
+
+def job_of(value: Report, job: dict[str, Any]) -> str:
+    said = "{state} {reason}".format(**value.job).strip() if value.job else ""
+    return f"{job['id']}, submitted {clock(job['time'])}" + (f": {said}" if said else "")
+
+
 def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> None:
     """A run at its end, or where it stands."""
     rate = value.audio_s / value.training_s if value.training_s else 0.0
@@ -212,12 +236,21 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
         [
             ("run", f"{value.name} in {value.run_dir}"),
             ("state", state(value)),
-            *([("job", "{id} {state} {reason}".format(**value.job).strip())] if value.job else []),
+            *(("job", job_of(value, job)) for job in value.jobs[-1:]),
             ("steps", f"{value.step} of {value.max_steps}, {counted(value.attempts, 'attempt')}"),
             ("audio", audio if value.metrics else "none yet"),
             ("sealed", (", ".join(str(s) for s in value.sealed) or "none yet") + best),
+            *(("avoided", f"{a['host']}: {a.get('why', '')}{until(a)}") for a in value.avoided),
         ]
     )
+    if value.attempts > 1:
+        answer("\nattempts")
+        attempts(value.history)
+    doing = [at_work(node) for node in value.nodes] if value.state == "running" else []
+    if any(odd for _, odd in doing) or (len(doing) > 1 and any(node.doing for node in value.nodes)):
+        answer("\nnodes")
+        for text, odd in doing:
+            answer(f"  {text}{odd}")
     if value.evaluations:
         answer("")
         curve(value.evaluations)
@@ -250,6 +283,91 @@ def state(value: Report) -> str:
         "interrupted": "interrupted: the launcher was gone before it could say how the ranks ended",
         "stopped": "stopped on request, with its work sealed",
     }.get(value.state, value.state)
+
+
+def clock(time_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+
+
+def until(row: dict[str, Any]) -> str:
+    return f"; until {clock(row['until'])}" if row.get("until") is not None else ""
+
+
+SHOWN_ATTEMPTS = 10
+
+
+def attempts(starts: list[Start]) -> None:
+    """A line for each, the newest last; of very many the oldest are only counted."""
+    several = any(len(s.hosts) > 1 for s in starts) or len({tuple(s.hosts) for s in starts}) > 1
+    if len(starts) > SHOWN_ATTEMPTS:
+        answer(f"  {len(starts) - SHOWN_ATTEMPTS} before these")
+    for s in starts[-SHOWN_ATTEMPTS:]:
+        when = "?" * 19 if s.started is None else clock(s.started)
+        hosts = some(s.hosts) if several else ""
+        steps = "no step" if s.from_step is None else f"step {s.from_step} to {s.to_step}"
+        answer("  ".join(x for x in (f"  {s.number}", when, hosts, steps, how(s)) if x))
+
+
+def how(start: Start) -> str:
+    """How an attempt ended, short enough for a table."""
+    if start.failure is None:
+        return start.state
+    message = start.failure["message"].partition("\n")[0]
+    return f"failed: {message if len(message) <= 100 else message[:99] + '…'}"
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
+
+
+def at_work(node: Node) -> tuple[str, str]:
+    """What the ranks of a node do, as far as it says so, and those that do something else."""
+    if not node.doing:
+        return f"{node.number}  {node.host}  {span(node.ranks)}  has not said yet", ""
+    tasks = {rank: (row.get("phase", "?"), row.get("step", "?")) for rank, row in node.doing.items()}
+    most = max(tasks.values(), key=list(tasks.values()).count)
+    odd = [
+        f"; rank {rank}: {phase}, step {step}, unchanged for {node.doing[rank].get('unchanged_s', 0):.0f} s"
+        for rank, (phase, step) in tasks.items()
+        if (phase, step) != most
+    ]
+    return f"{node.number}  {node.host}  {span(node.ranks)}  {most[0]}, step {most[1]}", "".join(odd[:4])
+
+
+def why(value: Diagnosis) -> None:
+    """A failure as a person reads it at night: first what happened, then how that is known, last what to type."""
+    rows = [("run", f"{value.name} in {value.run_dir}, {value.state}")]
+    if value.attempt is None or not value.evidence:
+        grid([*rows, ("failed", value.message)])
+    else:
+        code = value.code if value.code is None else ExitCode(value.code).name.lower().replace("_", " ")
+        verdict = None if value.verdict is None else VERDICTS.get(value.verdict, value.verdict)
+        rows += [
+            ("attempt", f"{value.attempt.number} of {value.attempts}, {steps_of(value.attempt)}"),
+            ("cause", value.message),
+            ("kind", f"{value.kind or code} (exit {value.code})"),
+            ("verdict", f"{value.verdict}: {verdict}" if verdict else ""),
+            ("others", value.others),
+            ("then", value.followed),
+            *(("evidence" if k == 0 else "", line) for k, line in enumerate(value.evidence)),
+        ]
+        grid([(name, text) for name, text in rows if text])
+    for excerpt in value.excerpts:
+        answer(f"\n{excerpt.title}:")
+        for line in excerpt.lines:
+            answer(f"  {line.expandtabs()[:500]}")
+    if value.earlier:
+        answer("\nbefore it")
+        attempts(value.earlier)
+    if value.hint:
+        answer(f"\nhint: {value.hint}")
+    answer("\nnext:")
+    for command in value.commands:
+        answer(f"  {command}")
+
+
+def steps_of(start: Start) -> str:
+    return "before its first step" if start.from_step is None else f"step {start.from_step} to {start.to_step}"
 
 
 def curve(evaluations: list[dict[str, Any]]) -> None:

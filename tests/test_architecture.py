@@ -36,6 +36,8 @@ ORDER = (
     "plan",
     "new_run",
     "report",
+    "logs",
+    "why",
     "node",
     "account",
     "failure",
@@ -43,6 +45,7 @@ ORDER = (
     "supervise",
     "jobs",
     "ui",
+    "follow",
     "cli",
 )
 """The control side. A module imports only modules that stand before it."""

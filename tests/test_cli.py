@@ -22,7 +22,8 @@ from tests.conftest import RECIPE, Golden, made_run
 from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["recipe check", "pack", "plan", "launch", "resume", "status", "stop", "evaluate", "export", "transcribe"]
+BEFORE, AFTER = ["recipe check", "pack", "plan"], ["evaluate", "export", "transcribe"]
+COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "logs", "attach", "stop", *AFTER]
 
 Transcript = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -92,6 +93,11 @@ def compare(
         ("resume-no-run", "resume nowhere", 6),
         ("status-no-run", "status nowhere", 6),
         ("stop-no-run", "stop nowhere", 6),
+        ("attach-no-run", "attach nowhere", 6),
+        ("logs-help", "logs --help", 0),
+        ("logs-no-run", "logs nowhere", 6),
+        ("why-no-run", "why nowhere", 6),
+        ("launch-two-terminals", "launch stub.yaml --debug --detach", 2),
         ("evaluate-no-run", "evaluate nowhere", 6),
         ("export-no-run", "export nowhere", 6),
     ],

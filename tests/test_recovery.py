@@ -90,12 +90,12 @@ def test_a_lost_launcher_is_concluded_and_counted(tmp_path: Path) -> None:
 def test_a_host_is_avoided_for_a_while(tmp_path: Path) -> None:
     attempt = Run(tmp_path).new_attempt()
     recovery.avoid(attempt, KILLED, 100)
-    assert recovery.avoided(attempt.run) == {}, "a kill says nothing about the host"
+    assert rundir.avoided(attempt.run) == {}, "a kill says nothing about the host"
     recovery.avoid(attempt, replace(KILLED, kind="node lost"), 100)
-    (why,) = recovery.avoided(attempt.run).values()
+    (why,) = rundir.avoided(attempt.run).values()
     assert (why["host"], why["kind"], why["attempt"]) == ("a", "node lost", 1)
-    assert set(recovery.avoided(attempt.run, why["until"] - 1)) == {"a"}
-    assert recovery.avoided(attempt.run, why["until"] + 1) == {}
+    assert set(rundir.avoided(attempt.run, why["until"] - 1)) == {"a"}
+    assert rundir.avoided(attempt.run, why["until"] + 1) == {}
 
 
 def test_a_spare_host_of_the_same_size_takes_the_place() -> None:
