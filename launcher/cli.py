@@ -186,7 +186,7 @@ def launch(
     reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
     something under the run died (resume), 77 out of memory.
     """
-    from launcher import new_run, ui
+    from launcher import environment, new_run, redact, secret, ui
     from launcher.rundir import Run, RunLock
 
     if debug:
@@ -200,10 +200,13 @@ def launch(
         if dry_run:
             ui.plan(made)
             return
+        values = secret.read(environment.secrets(value.launch))
+        redact.use(values.values())
+        secret.refuse_in_recipe(values, recipe.read_text(errors="replace") + path.read_text())
         new_run.create(run, recipe, path, made, facts)
     steps, ranks = ui.counted(made.max_steps, "step"), ui.counted(made.world_size, "rank")
     ui.say(f"{made.name}: {steps} on {ranks}, in {run.root}")
-    with RunLock(run, " ".join(sys.argv)):
+    with RunLock(run, redact.current.text(" ".join(sys.argv))):
         _attempt(run, value, made, fresh=False, debug=debug)
 
 

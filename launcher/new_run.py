@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir
+from launcher import redact, rundir
 from launcher.errors import UsageError
 from launcher.plan import Plan
 from launcher.rundir import Run
@@ -73,7 +73,7 @@ def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
 
     names = ("speechctl", "torch", "torchaudio", "deepspeed", "accelerate", "transformers", "mosaicml-streaming")
     return {
-        "command": sys.argv,
+        "command": [redact.current.text(word) for word in sys.argv],
         "code": {"revision": git("rev-parse", "HEAD") or None, "changed": git("status", "--porcelain").splitlines()},
         "packages": {n: metadata.version(n) for n in names},
         "python": sys.version.split()[0],

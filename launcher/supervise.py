@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -16,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
-from launcher import environment, rundir
+from launcher import environment, redact, rundir, secret
 from launcher.backends import BACKENDS, ssh
 from launcher.errors import ExitCode
 from launcher.hosts import Host
@@ -59,12 +59,14 @@ says so at once and for certain, and a launcher that was only suspended may go o
 def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Attempt:
     """The attempt's directory with everything its nodes need. The caller holds the run's lock."""
     attempt = run.new_attempt()
+    secrets, slots = environment.secrets(launch), max(h.slots for h in plan.hosts)
     env = {
-        "variables": environment.rank_variables(plan.backend, max(h.slots for h in plan.hosts), launch.device),
+        "variables": environment.rank_variables(plan.backend, slots, launch.device, secrets),
+        "secrets": secrets,  # where they come from
         "device": launch.device,
         "address": "127.0.0.1" if plan.backend == "local" else None,
         "lease_s": None if plan.backend == "local" else LEASE_S,
-        "rendezvous_id": secrets.token_hex(16),
+        "rendezvous_id": token_hex(16),
         "rendezvous_timeout_s": 120,
         "stop_grace_s": launch.stop_grace,
         "fresh": fresh,
@@ -83,6 +85,7 @@ def run_attempt(attempt: Attempt, plan: Plan, tell: Tell) -> ExitCode:
     Raises:
         HostError: a node cannot be started.
     """
+    values = secrets_of(attempt)
     note(attempt, "started", nodes=len(plan.hosts))
     start = BACKENDS[plan.backend]
     nodes: list[subprocess.Popen[bytes]] = []
@@ -91,15 +94,29 @@ def run_attempt(attempt: Attempt, plan: Plan, tell: Tell) -> ExitCode:
         try:
             for k, host in enumerate(plan.hosts):
                 nodes.append(start(attempt, k, host))
+                secret.send(nodes[k].stdin, values)
             order = watch(attempt, nodes, received, tell, over)
         finally:
             for node in nodes:
                 if node.stdin is not None:
                     node.stdin.close()  # one that still runs now ends its ranks, gently first
             returncodes = [node.wait() for node in nodes]
+            for log in attempt.logs.glob("ssh-*.log"):
+                redact.rewrite(log, redact.current)
     code = conclude(attempt, returncodes, order)
     note(attempt, "ended", code=int(code), nodes=returncodes)
     return code
+
+
+def secrets_of(attempt: Attempt) -> dict[str, str]:
+    """The values that the attempt says its ranks get; from here on this process blacks them out.
+
+    Raises:
+        PreflightError: one cannot be had.
+    """
+    values = secret.read((rundir.read_json(attempt.env) or {}).get("secrets", {}))
+    redact.use(values.values())
+    return values
 
 
 @contextmanager
@@ -186,7 +203,8 @@ def run_debug(attempt: Attempt) -> ExitCode:
     argv = [sys.executable, "-m", WORKER, "train", str(attempt.root), "--debug"] + ["--fresh"] * env["fresh"]
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        child = subprocess.Popen(argv, env={**os.environ, **env["variables"]}, preexec_fn=die_with_parent)
+        variables = {**os.environ, **env["variables"], **secret.variables(secrets_of(attempt))}
+        child = subprocess.Popen(argv, env=variables, preexec_fn=die_with_parent)
         returncode = child.wait()
     finally:
         signal.signal(signal.SIGINT, before)
