@@ -113,9 +113,12 @@ def parts(value: str) -> list[str]:
 
 def forms(value: str) -> set[bytes]:
     raw = value.encode("utf-8", "surrogateescape")
-    texts = {json.dumps(value)[1:-1], repr(value)[1:-1], quote(raw), quote(raw, safe=""), quote_plus(raw), raw.hex()}
-    found = {raw, *(text.encode("ascii", "backslashreplace") for text in texts)}
-    found.add(json.dumps(value, ensure_ascii=False)[1:-1].encode("utf-8", "surrogateescape"))
+    texts = {quote(raw), quote(raw, safe=""), quote_plus(raw), raw.hex()}
+    texts |= {json.dumps(value, ensure_ascii=short)[1:-1] for short in (True, False)}
+    for quoted in (repr(f"{value}'\""), ascii(f"{value}'\"")):  # both kinds of quotes, or Python would change its own
+        inside = quoted[1:-4]
+        texts |= {inside, inside.replace("\\'", "'")}
+    found = {raw, *(text.encode("utf-8", "surrogateescape") for text in texts)}
     if len(raw) >= 6:
         # Inside a longer base64 text it stands at one of three offsets; the characters at its ends hold bits of its
         # neighbours too.
@@ -171,14 +174,18 @@ def filter_output() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     read, write = os.pipe()
+    ready, is_ready = os.pipe()
     own_filter = os.fork()
     if own_filter == 0:
         try:
             log = os.dup(1)
-            _become_filter(read, log)
+            _become_filter(read, log)  # closes `is_ready` too
             copy(read, log, current)
         finally:
             os._exit(0)
+    os.close(is_ready)
+    os.read(ready, 1)  # until it has a session of its own
+    os.close(ready)
     os.close(read)
     os.dup2(write, 1)
     os.dup2(write, 2)

@@ -93,14 +93,16 @@ def _from_file(file: str) -> str:
         raise _Unusable(
             f"{file} cannot be read: {what}", "give the file that has the value, and nothing else"
         ) from error
-    with os.fdopen(fd, "rb") as opened:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _Unusable(f"{file} is no regular file", "give a file that has the value, and nothing else")
         if status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
             raise _Unusable(f"{file} is open to others, with mode {mode:04o}", f"chmod 600 {file}")
-        raw = opened.read(MAX_BYTES + 1)
+        raw = os.read(fd, MAX_BYTES + 1)
+    finally:
+        os.close(fd)
     return raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
 
 

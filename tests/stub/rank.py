@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote, quote_plus
 
 from launcher import rundir
 from launcher.errors import DataError, ExitCode
@@ -21,6 +25,8 @@ RANK = int(os.environ["RANK"])
 def run(root: Path, stop_flag: list[bool], fresh: bool) -> None:
     attempt = Attempt(root)
     behaviour, _, number = os.environ["STUB_BEHAVIOUR"].partition(" ")
+    if behaviour.startswith("leak"):
+        leak(behaviour)
     if behaviour == "raise":
         time.sleep(float(number or 0))
         raise ValueError(f"boom of rank {RANK}")
@@ -38,6 +44,27 @@ def run(root: Path, stop_flag: list[bool], fresh: bool) -> None:
         child = subprocess.Popen(["sleep", "600"], start_new_session=True)
         rundir.write_json(root / "child.json", {"pid": child.pid})
     train(attempt, stop_flag, steps=int(number or 10**9), deaf=behaviour == "deaf")
+
+
+def leak(how: str) -> None:
+    """Say every secret in every way that a program might, then train on, raise or be killed."""
+    names = os.environ["SPEECHCTL_SECRETS"].split(",")
+    values = [os.environ[name] for name in names]
+    print(dict(os.environ), flush=True)
+    print(json.dumps(dict(os.environ)), file=sys.stderr, flush=True)
+    subprocess.run(["env"], check=True)
+    for value in values:
+        for byte in os.fsencode(value):  # a chunk each
+            os.write(1, bytes([byte]))
+        basic = base64.b64encode(b"me:" + os.fsencode(value)).decode()
+        print("\n", value, repr(value), quote(value), quote_plus(value), basic, os.fsencode(value).hex())
+    said = [hashlib.sha256(os.fsencode(value)).hexdigest() for value in values]
+    print("these are what they were", *said, flush=True)
+    if how == "leak-raise":
+        raise ValueError(f"401 for https://me:{values[0]}@hub, {values!r}")
+    if how == "leak-kill":
+        print("the last words", values[0], end="", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train(attempt: Attempt, stop_flag: list[bool], steps: int, deaf: bool) -> None:
