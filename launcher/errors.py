@@ -89,10 +89,11 @@ class InfrastructureError(SpeechctlError):
 
 
 def printable(text: str) -> str:
-    """`text` with every control character but the newline written as an escape."""
+    """`text` with every control character but the newline written as an escape, and whatever else would end or turn
+    a line."""
     return "".join(
         c
-        if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
+        if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
         else c.encode("unicode_escape").decode("ascii")
         for c in text
     )

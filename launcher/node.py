@@ -44,7 +44,7 @@ NODE_SCRIPT = """\
 #!/usr/bin/env bash
 # Starts this attempt's ranks on one node. Argument: the rank of the node, from 0.
 set -euo pipefail
-attempt=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+attempt=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONSAFEPATH=1  # a folder called launcher where we stand is not ours
 PYTHONPATH=$(cat "$attempt/pythonpath")
 export PYTHONPATH
