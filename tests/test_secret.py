@@ -45,7 +45,7 @@ def no_canary(stub: Stub, watch: Watch, done: Any) -> None:
 
 
 def sha256(value: str) -> str:
-    return hashlib.sha256(value.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(value)).hexdigest()
 
 
 @pytest.mark.parametrize(
