@@ -228,13 +228,14 @@ def resume(
     """
     import dataclasses
 
-    from launcher import environment, new_run, recipe_file, report, rundir, ui
+    from launcher import environment, new_run, ownership, recipe_file, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
 
     where = Run(run)
     report.read(where)  # refuses what is no run before anything is written there
+    ownership.refuse_foreign(where)
     with RunLock(where, " ".join(sys.argv)):
         state = report.read(where)
         if state.state == "finished" and state.max_steps in state.sealed and not fresh:
@@ -307,11 +308,13 @@ def evaluate(
 
     from launcher import ui
     from launcher.errors import UsageError
+    from launcher.ownership import refuse_foreign
     from launcher.recipe import NAME
     from launcher.rundir import Run
 
     where = Run(run)
     step = _which(where, checkpoint)
+    refuse_foreign(where)
     subset = list(dict.fromkeys(subset))
     for name in subset:
         if not re.fullmatch(NAME, name):
@@ -342,10 +345,12 @@ def export(
     """Write a checkpoint's model as a directory that other programs load."""
     from launcher import ui
     from launcher.errors import UsageError
+    from launcher.ownership import refuse_foreign
     from launcher.rundir import Run
 
     where = Run(run)
     step = _which(where, checkpoint)
+    refuse_foreign(where)
     folder = (target or where.exports / f"step-{step:08d}").absolute()
     if folder.exists():
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from launcher import environment, redact, rundir, secret
+from launcher import environment, ownership, redact, rundir, secret
 from launcher.errors import HostError, SpeechctlError
 from launcher.hosts import Host
 from launcher.rundir import Attempt
@@ -141,6 +141,7 @@ class Node:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_kill", True))
         adopt_orphans()
+        ownership.only_we_write()
         # From here on this node's log has one writer, on the node, also where our own output goes to another machine.
         log = os.open(self.attempt.node_log(self.node_rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)

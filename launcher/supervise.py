@@ -18,7 +18,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from launcher import environment, redact, rundir, secret
+from launcher import environment, ownership, redact, rundir, secret
 from launcher.backends import BACKENDS, ssh
 from launcher.errors import ExitCode
 from launcher.hosts import Host
@@ -58,6 +58,7 @@ says so at once and for certain, and a launcher that was only suspended may go o
 
 def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Attempt:
     """The attempt's directory with everything its nodes need. The caller holds the run's lock."""
+    ownership.only_we_write()
     attempt = run.new_attempt()
     secrets, slots = environment.secrets(launch), max(h.slots for h in plan.hosts)
     env = {

@@ -28,6 +28,7 @@ ORDER = (
     "redact",
     "secret",
     "rundir",
+    "ownership",
     "hosts",
     "environment",
     "plan",
