@@ -226,7 +226,7 @@ def launch(
     reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
     something under the run died (resume), 77 out of memory, 78 no progress in several attempts (look into it first).
     """
-    from launcher import follow, new_run, ui
+    from launcher import environment, follow, new_run, redact, secret, ui
     from launcher.rundir import Run, RunLock
 
     _refuse_both(debug, detach)
@@ -246,6 +246,9 @@ def launch(
         if dry_run:
             ui.plan(made)
             return
+        values = secret.read(environment.secrets(value.launch))
+        redact.use(values.values())
+        secret.refuse_in_recipe(values, recipe.read_text(errors="replace") + path.read_text())
         new_run.create(run, recipe, path, made, facts)
     if hold:
         ui.answer(str(run.root))
@@ -257,7 +260,7 @@ def launch(
     ui.say(f"{made.name}: {steps} on {ranks}, in {run.root}")
     if detach and follow.is_needed(value.launch.backend):
         raise typer.Exit(follow.tell_detached(run))
-    with RunLock(run, " ".join(sys.argv)):
+    with RunLock(run, redact.current.text(" ".join(sys.argv))):
         _attempt(run, value, made, fresh=False, debug=debug)
 
 
@@ -283,7 +286,7 @@ def resume(
     """
     import dataclasses
 
-    from launcher import environment, follow, jobs, new_run, recipe_file, report, rundir, ui
+    from launcher import environment, follow, jobs, new_run, ownership, recipe_file, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
@@ -291,6 +294,7 @@ def resume(
     where = Run(run)
     _refuse_both(debug, detach)
     report.read(where)  # refuses what is no run before anything is written there
+    ownership.refuse_foreign(where)
     if detach and follow.is_needed(recipe_file.load(where.resolved).launch.backend):
         raise typer.Exit(follow.tell_detached(where, *["--fresh"] * fresh))
     with RunLock(where, " ".join(sys.argv), jobs.PATIENCE_S if in_allocation else RunLock.PATIENCE_S):
@@ -466,11 +470,13 @@ def evaluate(
 
     from launcher import report, ui
     from launcher.errors import UsageError
+    from launcher.ownership import refuse_foreign
     from launcher.recipe import NAME
     from launcher.rundir import Run
 
     where = Run(run)
     step = report.sealed_step(where, checkpoint)
+    refuse_foreign(where)
     subset = list(dict.fromkeys(subset))
     for name in subset:
         if not re.fullmatch(NAME, name):
@@ -501,10 +507,12 @@ def export(
     """Write a checkpoint's model as a directory that other programs load."""
     from launcher import report, ui
     from launcher.errors import UsageError
+    from launcher.ownership import refuse_foreign
     from launcher.rundir import Run
 
     where = Run(run)
     step = report.sealed_step(where, checkpoint)
+    refuse_foreign(where)
     folder = (target or where.exports / f"step-{step:08d}").absolute()
     if folder.exists():
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher import hosts
+from launcher import hosts, secret
 from launcher.errors import PreflightError, SpeechctlError, UsageError
 from launcher.hosts import Host
-from launcher.recipe import Recipe
+from launcher.recipe import Launch, Recipe
 
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHONPATH|LD_LIBRARY_PATH|XDG_\w+|CUDA_\w+|NCCL_\w+"
@@ -66,12 +66,28 @@ OF_A_HOST = re.compile(r"HOME|USER|LOGNAME|TMPDIR|XDG_\w+|CUDA_VISIBLE_DEVICES")
 """Of those, what belongs to one machine and one login: to another host its own go."""
 
 
-def rank_variables(backend: str, processes: int, device: str) -> dict[str, str]:
-    """The environment of a rank, as far as it is known here; the node adds what depends on its machine."""
+def inherited(backend: str) -> dict[str, str]:
+    """The variables here that the ranks are to have too."""
     passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
     if backend == "local":
-        return passed_on | base_variables(processes, device) | {"GLOO_SOCKET_IFNAME": "lo"}
+        return passed_on
     return {name: value for name, value in passed_on.items() if not OF_A_HOST.fullmatch(name)}
+
+
+def secrets(launch: Launch) -> dict[str, str | None]:
+    """The variables of the ranks that no file may have, each with the file that its value comes from, or None for the
+    environment: those that the recipe names, and of the inherited ones those that look it."""
+    implied = {name: None for name, value in inherited(launch.backend).items() if secret.implied(name, value)}
+    return implied | secret.sources(launch.secrets)
+
+
+def rank_variables(backend: str, processes: int, device: str, secrets: Container[str] = ()) -> dict[str, str]:
+    """The environment of a rank, as far as it is known here and is to be written down; the node adds what depends on
+    its machine, and the secrets."""
+    variables = inherited(backend)
+    if backend == "local":
+        variables |= base_variables(processes, device) | {"GLOO_SOCKET_IFNAME": "lo"}
+    return {name: value for name, value in variables.items() if name not in secrets}
 
 
 def on_node(variables: Mapping[str, str], host: Host, device: str) -> dict[str, str]:

@@ -89,12 +89,13 @@ class InfrastructureError(SpeechctlError):
 
 
 def printable(text: str) -> str:
-    """`text` with every control character but the newline written as an escape."""
+    """`text` with every control character but the newline written as an escape, and whatever else would end or turn
+    a line."""
     if text.isprintable():  # the case of nearly all lines of a log, a hundred times as fast
         return text
     return "".join(
         c
-        if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
+        if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
         else c.encode("unicode_escape").decode("ascii")
         for c in text
     )

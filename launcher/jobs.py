@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import environment, rundir
+from launcher import environment, rundir, secret
 from launcher.backends import slurm
 from launcher.errors import HostError, UsageError
 from launcher.hosts import Host
@@ -159,7 +159,7 @@ def environment_of_a_job(given: Mapping[str, str] = os.environ) -> dict[str, str
     kept = {
         name: value
         for name, value in given.items()
-        if environment.PASSED_ON.fullmatch(name) or re.fullmatch(settings, name)
+        if (environment.PASSED_ON.fullmatch(name) and not secret.implied(name, value)) or re.fullmatch(settings, name)
     }
     return kept | {"PATH": f"{Path(sys.executable).parent}:{given.get('PATH', os.defpath)}"}
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir
+from launcher import ownership, redact, rundir
 from launcher.errors import UsageError
 from launcher.plan import Plan
 from launcher.rundir import Run
@@ -29,6 +29,7 @@ def create(run: Run, recipe: Path, resolved: Path, made: Plan, facts: Mapping[st
         UsageError: something is there already.
         StorageError: the place cannot be written.
     """
+    ownership.only_we_write()
     with rundir.storage_errors(run.root):
         run.root.parent.mkdir(parents=True, exist_ok=True)
         staged = Run(tempfile.mkdtemp(prefix=f".{run.root.name}.", dir=run.root.parent))  # 0700, like the run
@@ -78,7 +79,7 @@ def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
 
     names = ("speechctl", "torch", "torchaudio", "deepspeed", "accelerate", "transformers", "mosaicml-streaming")
     return {
-        "command": sys.argv,
+        "command": [redact.current.text(word) for word in sys.argv],
         "code": {"revision": git("rev-parse", "HEAD") or None, "changed": git("status", "--porcelain").splitlines()},
         "packages": {n: metadata.version(n) for n in names},
         "python": sys.version.split()[0],

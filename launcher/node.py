@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from launcher import environment, rundir
+from launcher import environment, ownership, redact, rundir, secret
 from launcher.errors import HostError, SpeechctlError
 from launcher.hosts import Host
 from launcher.rundir import Attempt
@@ -44,7 +44,7 @@ NODE_SCRIPT = """\
 #!/usr/bin/env bash
 # Starts this attempt's ranks on one node. Argument: the rank of the node, from 0.
 set -euo pipefail
-attempt=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+attempt=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONSAFEPATH=1  # a folder called launcher where we stand is not ours
 PYTHONPATH=$(cat "$attempt/pythonpath")
 export PYTHONPATH
@@ -141,6 +141,7 @@ class Node:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._terminated)
         adopt_orphans()
+        ownership.only_we_write()
         # From here on this node's log has one writer, on the node, also where our own output goes to another machine.
         log = os.open(self.attempt.node_log(self.node_rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
@@ -148,13 +149,17 @@ class Node:
         os.close(log)
         self._write_record(returncode=None)
         try:
+            secrets = secret.receive(self.env["secrets"])
+            redact.use(secrets.values())
+            redact.filter_output()
             meeting = self.meet()
             argv = torchrun_argv(sys.executable, self.hosts, self.node_rank, meeting, self.attempt.root)
             argv += ["--fresh"] * self.env["fresh"]
-            variables = self.variables(meeting)
+            variables = self.variables(meeting) | secret.variables(secrets)
         except SpeechctlError as error:
             print(error.render(), file=sys.stderr)
-            self.record["error"] = {"message": error.message, "hint": error.hint, "code": int(error.exit_code)}
+            message, hint = map(redact.current.text, (error.message, error.hint))
+            self.record["error"] = {"message": message, "hint": hint, "code": int(error.exit_code)}
             self._write_record(returncode=1)
             return 1
         self._write_record(returncode=None)
@@ -168,6 +173,7 @@ class Node:
         )
         returncode = self._watch(torchrun)
         kill_family()  # whatever outlived torchrun
+        redact.finish_output()
         self._write_record(returncode)
         return 0 if returncode == 0 else 1
 
@@ -308,16 +314,18 @@ def adopt_orphans() -> None:
 
 
 def kill_family() -> None:
-    """SIGKILL to all processes below this one, until there are none: one of them may be starting another."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+    """SIGKILL to all processes below this one, until there are none: one of them may be starting another. Those that
+    filter the ranks' logs have a moment to write the rest."""
+    began = time.monotonic()
+    while time.monotonic() - began < 10:
         family = psutil.Process().children(recursive=True)
-        living = [p for p in family if _is_running(p)]
+        living = [p for p in family if _is_running(p) and p.pid != redact.own_filter]
         if not living:
             return
         for process in living:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                if process.name() != redact.FILTER or time.monotonic() - began > 2:
+                    process.kill()
         time.sleep(0.02)
 
 

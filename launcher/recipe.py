@@ -207,6 +207,19 @@ class Launch(Section):
             raise ValueError(f"hostfile, include and exclude are of backend ssh, and the backend is {self.backend}")
         if self.backend == "local" and self.nodes not in ("auto", 1):
             raise ValueError("backend local is this machine, one node; launch.nodes is of backends ssh and slurm")
+        names = [entry.partition("=")[0] for entry in self.secrets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"secrets names {', '.join(twice)} twice")
+        if self.backend == "slurm" and (without := [entry for entry in self.secrets if "=" not in entry]):
+            raise ValueError(
+                f"a SLURM job has not the environment it was submitted from: give the files of the secrets,"
+                f" {without[0]}=/path/of/a/file"
+            )
+        if self.backend == "slurm" and (waiting := [name for name in self.secrets if "=" not in name]):
+            raise ValueError(
+                f"under SLURM a secret comes from a file, as {waiting[0]}=/path/of/a/file: what is in the environment"
+                " would wait in the queue with the job, where SLURM keeps it"
+            )
         if self.backend == "slurm" and self.nodes == "auto":
             raise ValueError("backend slurm needs launch.nodes, how many nodes to ask for")
         if self.backend == "slurm":

@@ -215,11 +215,17 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), mode)
+    write_bytes(path, _json(value, indent=1), mode)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_bytes(path, b"".join(map(_json, rows)))
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    """With its newline. Bytes of a path or a variable that are no UTF-8, which Python has as lone surrogates, are
+    written as JSON's escapes of those."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_json(path: Path) -> Any:
@@ -245,7 +251,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         StorageError: the disk is full or failing; the part of the line that fitted is taken back, so that the next
             line does not continue it.
     """
-    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    line = _json(value)
     with storage_errors(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:

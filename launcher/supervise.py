@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -17,9 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from secrets import token_hex
 from typing import Any
 
-from launcher import environment, recovery, rundir
+from launcher import environment, ownership, recovery, redact, rundir, secret
 from launcher.backends import BACKENDS
 from launcher.errors import ExitCode, HostError
 from launcher.failure import Failure, conclude, resume
@@ -132,13 +132,16 @@ says so at once and for certain, and a launcher that was only suspended may go o
 
 def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Attempt:
     """The attempt's directory with everything its nodes need. The caller holds the run's lock."""
+    ownership.only_we_write()
     attempt = run.new_attempt()
+    secrets, slots = environment.secrets(launch), max(h.slots for h in plan.hosts)
     env = {
-        "variables": environment.rank_variables(plan.backend, max(h.slots for h in plan.hosts), launch.device),
+        "variables": environment.rank_variables(plan.backend, slots, launch.device, secrets),
+        "secrets": secrets,  # where they come from
         "device": launch.device,
         "address": "127.0.0.1" if plan.backend == "local" else None,
         "lease_s": None if plan.backend == "local" else LEASE_S,
-        "rendezvous_id": secrets.token_hex(16),
+        "rendezvous_id": token_hex(16),
         "rendezvous_timeout_s": 120,
         "stop_grace_s": launch.stop_grace,
         "fresh": fresh,
@@ -177,6 +180,7 @@ def run_attempt(
     Raises:
         HostError: a node cannot be started.
     """
+    values = secrets_of(attempt)
     start = BACKENDS[plan.backend]
     nodes: list[subprocess.Popen[bytes]] = []
     order: list[int] = []
@@ -185,6 +189,7 @@ def run_attempt(
         try:
             for k, host in enumerate(plan.hosts):
                 nodes.append(start(attempt, k, host))
+                secret.send(nodes[k].stdin, values)
             order, seen = watch(attempt, nodes, received, tell, over)
         except HostError as error:
             refused = Failure("host refused", error.message, error.hint, host=host.name, node_rank=k)
@@ -195,9 +200,22 @@ def run_attempt(
                 if node.stdin is not None:
                     node.stdin.close()  # one that still runs now ends its ranks, gently first
             returncodes = [node.wait() for node in nodes]
+            for log in attempt.logs.glob("ssh-*.log"):
+                redact.rewrite(log, redact.current)
     code = conclude(attempt, returncodes, order, seen)
     value = rundir.read_json(attempt.failure)
     return code, None if value is None else Failure.from_json(value)
+
+
+def secrets_of(attempt: Attempt) -> dict[str, str]:
+    """The values that the attempt says its ranks get; from here on this process blacks them out.
+
+    Raises:
+        PreflightError: one cannot be had.
+    """
+    values = secret.read((rundir.read_json(attempt.env) or {}).get("secrets", {}))
+    redact.use(values.values())
+    return values
 
 
 @contextmanager
@@ -294,7 +312,8 @@ def run_debug(attempt: Attempt) -> ExitCode:
     argv = [sys.executable, "-m", WORKER, "train", str(attempt.root), "--debug"] + ["--fresh"] * env["fresh"]
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        child = subprocess.Popen(argv, env={**os.environ, **env["variables"]}, preexec_fn=die_with_parent)
+        variables = {**os.environ, **env["variables"], **secret.variables(secrets_of(attempt))}
+        child = subprocess.Popen(argv, env=variables, preexec_fn=die_with_parent)
         returncode = child.wait()
     finally:
         signal.signal(signal.SIGINT, before)

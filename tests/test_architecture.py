@@ -25,8 +25,11 @@ ORDER = (
     "nodelist",
     "recipe",
     "recipe_file",
+    "redact",
+    "secret",
     "rundir",
     "facts",
+    "ownership",
     "hosts",
     "environment",
     "backends.local",
@@ -50,8 +53,8 @@ ORDER = (
 )
 """The control side. A module imports only modules that stand before it."""
 
-CONTRACT = {"errors", "recipe", "recipe_file", "rundir"}
-"""All of the control side that the worker knows."""
+CONTRACT = {"errors", "recipe", "recipe_file", "redact", "rundir"}
+"""All of the control side that the worker knows. Both sides write logs, and neither may write a secret there."""
 
 ONLY_IN = {"typer": "cli", "rich": "ui"}
 """A library, and the one module that uses it."""

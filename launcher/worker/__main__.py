@@ -17,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
-from launcher import rundir
+from launcher import redact, rundir
 from launcher.errors import ExitCode, SpeechctlError
 
 
@@ -64,12 +64,14 @@ def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:
     """One rank, with everything around it that must stand before torch is imported."""
     rank = int(os.environ.get("RANK", "0"))
     stop_flag = [False]
+    redact.use_environment(os.environ)
     if not debug:
         end_with_parent()
         log = os.open(attempt.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        redact.filter_output()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's
     else:
         signal.signal(signal.SIGINT, lambda *_: stop_flag.__setitem__(0, True))
@@ -111,7 +113,7 @@ def end_with_parent() -> None:
 
 def record_failure(attempt: rundir.Attempt, rank: int, error: BaseException) -> None:
     """This rank's account of its end, for the launcher, which names the earliest."""
-    hint = error.hint if isinstance(error, SpeechctlError) else None
+    hide = redact.current.text
     rundir.write_json(
         attempt.rank_failure(rank),
         {
@@ -119,11 +121,11 @@ def record_failure(attempt: rundir.Attempt, rank: int, error: BaseException) -> 
             "host": socket.gethostname(),
             "time": time.time(),
             "type": type(error).__name__,
-            "message": error.message if isinstance(error, SpeechctlError) else str(error)[:4000],
-            "hint": hint,
+            "message": hide(error.message) if isinstance(error, SpeechctlError) else hide(str(error))[:4000],
+            "hint": hide(error.hint) if isinstance(error, SpeechctlError) else None,
             "code": int(failure_code(error)),
             "lost_peer": lost_peer(error),
-            "traceback": traceback.format_exception(error)[-12:],
+            "traceback": [hide(line) for line in traceback.format_exception(error)[-12:]],
         },
     )
 

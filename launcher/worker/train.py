@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from launcher import recipe_file, rundir
+from launcher import recipe_file, redact, rundir
 from launcher.errors import DataError, ExitCode, StorageError, TrainingError
 from launcher.recipe import Recipe, TriStage
 from launcher.rundir import Attempt
@@ -130,7 +130,8 @@ class Training:
     def event(self, event: str, **facts: Any) -> None:
         """Rank 0's record of what happened; the launcher follows it."""
         if self.ranks.rank == 0:
-            rundir.append_line(self.attempt.events, {"event": event, "time": time.time(), **facts})
+            said = {k: redact.current.text(v) if isinstance(v, str) else v for k, v in facts.items()}
+            rundir.append_line(self.attempt.events, {"event": event, "time": time.time(), **said})
 
     def _tracker(self) -> Any:
         if self.ranks.rank != 0 or "tensorboard" not in self.recipe.trackers:

@@ -5,6 +5,9 @@ It goes in step with the other ranks, seals checkpoints that hold nothing, and g
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
 import signal
 import struct
@@ -13,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote, quote_plus
 
 import psutil
 
@@ -28,6 +32,8 @@ SEAL_EVERY = 10
 def run(root: Path, stop_flag: list[bool], fresh: bool) -> None:
     attempt = Attempt(root)
     behaviour, _, number = os.environ["STUB_BEHAVIOUR"].partition(" ")
+    if behaviour.startswith("leak"):
+        leak(behaviour)
     if behaviour == "raise":
         time.sleep(float(number or 0))
         raise ValueError(f"boom of rank {RANK}")
@@ -47,6 +53,27 @@ def run(root: Path, stop_flag: list[bool], fresh: bool) -> None:
     Training(attempt, stop_flag, behaviour, number).go()
 
 
+def leak(how: str) -> None:
+    """Say every secret in every way that a program might, then train on, raise or be killed."""
+    names = os.environ["SPEECHCTL_SECRETS"].split(",")
+    values = [os.environ[name] for name in names]
+    print(dict(os.environ), flush=True)
+    print(json.dumps(dict(os.environ)), file=sys.stderr, flush=True)
+    subprocess.run(["env"], check=True)
+    for value in values:
+        for byte in os.fsencode(value):  # a chunk each
+            os.write(1, bytes([byte]))
+        basic = base64.b64encode(b"me:" + os.fsencode(value)).decode()
+        print("\n", value, repr(value), quote(value), quote_plus(value), basic, os.fsencode(value).hex())
+    said = [hashlib.sha256(os.fsencode(value)).hexdigest() for value in values]
+    print("these are what they were", *said, flush=True)
+    if how == "leak-raise":
+        raise ValueError(f"401 for https://me:{values[0]}@hub, {values!r}")
+    if how == "leak-kill":
+        print("the last words", values[0], end="", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Training:
     """Fifty steps a second, until asked to stop. What goes wrong at the step after the first seal:
 
@@ -59,7 +86,7 @@ class Training:
         self.attempt, self.run = attempt, attempt.run
         self.stop_flag = stop_flag
         self.behaviour, self.number = behaviour, number
-        self.steps = int(number) if behaviour in ("train", "child", "deaf") and number else 10**9
+        self.steps = int(number) if behaviour in ("train", "child", "deaf", "leak") and number else 10**9
         self.alone = behaviour == "deaf"
         self.meeting = os.open(attempt.root / ".meeting", os.O_RDWR | os.O_CREAT)
         self.step = max(self.run.sealed_steps(), default=0)

@@ -6,6 +6,7 @@ summary, and exits 0 only when all did. How the ranks behave is in `behaviour.js
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -23,7 +24,10 @@ def main(argv: list[str]) -> int:
     attempt = Path(argv[argv.index("train") + 1])
     if attempt.name != "0001":
         behaviour |= behaviour["then"]
-    record = {"argv": sys.orig_argv, "variables": dict(os.environ), "cwd": os.getcwd(), "pid": os.getpid()}
+    variables = dict(os.environ)
+    for name in filter(None, variables.get("SPEECHCTL_SECRETS", "").split(",")):
+        variables[name] = f"sha256:{hashlib.sha256(os.fsencode(variables[name])).hexdigest()}"
+    record = {"argv": sys.orig_argv, "variables": variables, "cwd": os.getcwd(), "pid": os.getpid()}
     node_rank = value(argv, "node-rank")
     name = f"torchrun-{node_rank}.json" if node_rank else "torchrun.json"
     (attempt / f".{name}").write_text(json.dumps(record))
