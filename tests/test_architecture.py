@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = (
     "errors",
+    "marks",
+    "memory",
     "located_yaml",
     "nodelist",
     "recipe",
@@ -31,6 +33,7 @@ ORDER = (
     "plan",
     "new_run",
     "report",
+    "vitals",
     "node",
     "backends.local",
     "backends.ssh",
@@ -38,13 +41,14 @@ ORDER = (
     "account",
     "failure",
     "recovery",
+    "hang",
     "supervise",
     "ui",
     "cli",
 )
 """The control side. A module imports only modules that stand before it."""
 
-CONTRACT = {"errors", "recipe", "recipe_file", "rundir"}
+CONTRACT = {"errors", "marks", "recipe", "recipe_file", "rundir"}
 """All of the control side that the worker knows."""
 
 ONLY_IN = {"typer": "cli", "rich": "ui"}
