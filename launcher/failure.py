@@ -246,12 +246,15 @@ def _lost(ended: _Ended, k: int) -> Failure | None:
     node, returncode = ended.nodes.get(k), ended.returncodes[k]
     if node is None or returncode == 0:
         return None
-    if ended.over_ssh and returncode == ssh.FAILED:
+    if ended.over_ssh and returncode == ssh.FAILED and account.text_of(ended.attempt.ssh_log(k)).strip():
         host = ended.host(k)
         hint = f"when `ssh {host} true` works again, {resume(ended.attempt)}"
         message = f"lost {host}: {ssh.last_words(ended.attempt, k)}"
         return ended.of_node("node lost", k, message, hint, ended.attempt.ssh_log(k))
     if node["returncode"] is None and node["asked"] is None:  # it had no time to say how it ended
+        if ended.over_ssh and returncode == ssh.FAILED:  # which is all it says of a process that a signal ended
+            message = f"the agent of {ended.node(k)} was ended by a signal, and its ranks with it"
+            return ended.of_node("node lost", k, message)
         if 0 < returncode < 128:
             words = account.last_error(ended.attempt.node_log(k))
             return ended.of_node("node failed", k, f"the agent of {ended.node(k)} failed: {words}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import ipaddress
 import math
 import os
@@ -30,12 +31,16 @@ from launcher import environment, ownership, redact, rundir, secret
 from launcher.errors import HostError, SpeechctlError
 from launcher.hosts import Host
 from launcher.rundir import Attempt
+from launcher.vitals import Vitals
 
 WORKER = "launcher.worker"
 """The only name by which the control side knows the worker."""
 
 END, KILL = b"end\n", b"kill\n"
 """What the launcher may write to a node's standard input: end the ranks gently, or at once."""
+
+DUMP = b"dump\n"
+"""Another such word: have the ranks write their stacks."""
 
 OVER = b"over\n"
 """What the lease says once nobody is to go on."""
@@ -87,6 +92,7 @@ class Node:
         """Why this process killed them, where it did."""
         self.told: set[int] = set()
         self.files = Files(attempt)
+        self.vitals = Vitals(attempt, node_rank, self.hosts)
         self.record: dict[str, Any] = {"node_rank": node_rank, "host": socket.gethostname(), "pid": os.getpid()}
         self.stdin_is_open = True
 
@@ -124,7 +130,7 @@ class Node:
 
     def variables(self, meeting: dict[str, Any]) -> dict[str, str]:
         """The whole environment of the ranks: the attempt's, and what only this machine can say."""
-        variables = environment.on_node(self.env["variables"], self.host, self.env["device"])
+        variables = environment.on_node(self.env["variables"], self.host, self.env["device"]) | self.vitals.variables
         interface = interface_to(meeting["address"])
         self.record |= {"address": meeting["address"], "interface": interface}
         if interface is not None:  # gloo would otherwise take what the host's own name resolves to
@@ -142,6 +148,10 @@ class Node:
         signal.signal(signal.SIGTERM, self._terminated)
         adopt_orphans()
         ownership.only_we_write()
+        # Held for as long as this process lives: the next attempt waits for the ranks that a lost launcher left here.
+        alive = os.open(self.attempt.alive, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(alive, fcntl.LOCK_SH | fcntl.LOCK_NB)
         # From here on this node's log has one writer, on the node, also where our own output goes to another machine.
         log = os.open(self.attempt.node_log(self.node_rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
@@ -174,6 +184,7 @@ class Node:
         returncode = self._watch(torchrun)
         kill_family()  # whatever outlived torchrun
         redact.finish_output()
+        self.record["memory"] = self.vitals.memory_facts()
         self._write_record(returncode)
         return 0 if returncode == 0 else 1
 
@@ -183,6 +194,7 @@ class Node:
 
     def _watch(self, torchrun: subprocess.Popen[bytes]) -> int:
         self.files.follow()
+        self.vitals.follow()
         deadline = math.inf
         grace_s, lease_s = self.env["stop_grace_s"], self.env["lease_s"]
         while torchrun.poll() is None:
@@ -224,6 +236,8 @@ class Node:
         if words == b"":
             self.stdin_is_open = False
             self.asked = self.asked or "the launcher went away"
+        if DUMP in words:
+            self.vitals.dump()
         if KILL in words:
             self.told_to_kill = True
         elif END in words:

@@ -19,13 +19,13 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import Any
 
-from launcher import environment, ownership, recovery, redact, rundir, secret
+from launcher import environment, hang, memory, ownership, recovery, redact, rundir, secret
 from launcher.backends import BACKENDS
 from launcher.errors import ExitCode, HostError
-from launcher.failure import Failure, conclude, resume
-from launcher.node import END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
+from launcher.failure import Failure, conclude, read_progress, resume
+from launcher.node import DUMP, END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
 from launcher.plan import Plan
-from launcher.recipe import Launch, Recipe
+from launcher.recipe import Deadlines, Launch, Recipe
 from launcher.recovery import note
 from launcher.rundir import Attempt, Run
 
@@ -124,6 +124,9 @@ its ranks, but they can say what they saw."""
 LET_GO_S = 30.0
 """How long after that a node is waited for that was told to end at once."""
 
+LET_GO_SILENT_S = 5.0
+"""The same, for one that was silent before."""
+
 LEASE_RENEWED_S = 2.0
 LEASE_S = 30
 """How long a node hears nothing of the launcher before it takes it for gone. On this machine the closed standard input
@@ -190,7 +193,7 @@ def run_attempt(
             for k, host in enumerate(plan.hosts):
                 nodes.append(start(attempt, k, host))
                 secret.send(nodes[k].stdin, values)
-            order, seen = watch(attempt, nodes, received, tell, over)
+            order, seen = watch(attempt, nodes, received, tell, over, launch.deadlines)
         except HostError as error:
             refused = Failure("host refused", error.message, error.hint, host=host.name, node_rank=k)
             rundir.write_json(attempt.failure, refused.to_json())
@@ -248,6 +251,7 @@ def watch(
     received: list[int],
     tell: Tell,
     over: threading.Event,
+    deadlines: Deadlines,
 ) -> tuple[list[int], Failure | None]:
     """Follow the nodes until all have ended. The first signal to the launcher asks the ranks to seal and stop, the
     second ends them, a third does not wait for anybody.
@@ -260,6 +264,7 @@ def watch(
     """
     seen: Failure | None = None
     follow = Follower(attempt, tell)
+    ranks = hang.Watch(attempt, len(nodes), deadlines)
     acted_on = 0
     order: list[int] = []
     steps = [(0.0, END), (AFTER_FAILURE_S, KILL), (AFTER_FAILURE_S + LET_GO_S, None)]
@@ -269,10 +274,20 @@ def watch(
             if k not in order and node.poll() is not None:
                 order.append(k)
                 note(attempt, "node ended", node=k, returncode=node.returncode)
+                if node.returncode == -signal.SIGKILL:
+                    look_for_it(attempt, k)
                 if node.returncode != 0 and failed_at == math.inf:
                     over.set()
                     came_up = rundir.read_json(attempt.node(k)) is not None
                     failed_at = time.monotonic() - (0 if came_up else AFTER_FAILURE_S)  # else there is nothing to save
+        living = [k for k in range(len(nodes)) if k not in order]
+        if failed_at == math.inf and ranks.look(living) is not None:
+            seen = seen or ranks.explain(living, lambda: say_all(nodes, DUMP))
+            note(attempt, "hang", message=seen.message)
+            over.set()
+            failed_at = time.monotonic() - AFTER_FAILURE_S  # they would not hear a gentle word
+            if seen.kind == "node lost":
+                failed_at -= LET_GO_S - LET_GO_SILENT_S
         while steps and time.monotonic() - failed_at >= steps[0][0] and len(order) < len(nodes):
             _, word = steps.pop(0)
             for node in nodes:
@@ -292,6 +307,18 @@ def watch(
         time.sleep(0.1)
     follow.once()
     return order, seen
+
+
+def say_all(nodes: list[subprocess.Popen[bytes]], word: bytes) -> None:
+    for node in nodes:
+        say(node, word)
+
+
+def look_for_it(attempt: Attempt, node_rank: int) -> None:
+    """Where an agent of this machine was killed, it cannot say any more that memory ran out: look in its place."""
+    facts = read_progress(attempt, node_rank)
+    if facts.get("memory"):
+        rundir.write_json(attempt.progress(node_rank), {**facts, "memory": memory.look_again(facts["memory"])})
 
 
 def by_force(attempt: Attempt) -> Failure:

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = (
     "errors",
+    "marks",
+    "memory",
     "located_yaml",
     "nodelist",
     "recipe",
@@ -41,10 +43,12 @@ ORDER = (
     "report",
     "logs",
     "why",
+    "vitals",
     "node",
     "account",
     "failure",
     "recovery",
+    "hang",
     "supervise",
     "jobs",
     "ui",
@@ -53,7 +57,7 @@ ORDER = (
 )
 """The control side. A module imports only modules that stand before it."""
 
-CONTRACT = {"errors", "recipe", "recipe_file", "redact", "rundir"}
+CONTRACT = {"errors", "marks", "recipe", "recipe_file", "redact", "rundir"}
 """All of the control side that the worker knows. Both sides write logs, and neither may write a secret there."""
 
 ONLY_IN = {"typer": "cli", "rich": "ui"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from launcher import rundir
 from launcher.errors import ExitCode, HostError
 from launcher.hosts import Host
+from launcher.marks import VARIABLE
 from launcher.node import OVER, Node, head_address, interface_to, torchrun_argv
 from launcher.rundir import Attempt
 from tests.conftest import Stub, gone, wait_until
@@ -73,7 +75,9 @@ def test_torchrun_gets_the_variables_of_the_attempt_and_no_others(stub: Stub) ->
     hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts)]
     assert seen["argv"] == torchrun_argv(sys.executable, hosts, 0, meeting, attempt.root)
     assert seen["cwd"] == str(attempt.root)
-    assert seen["variables"] == {**rundir.read_json(attempt.env)["variables"], **lc_ctype(seen["variables"])}
+    marks = {VARIABLE: seen["variables"].get(VARIABLE, "")}
+    assert re.fullmatch(rf"/proc/{process.pid}/fd/\d+", marks[VARIABLE])
+    assert seen["variables"] == {**rundir.read_json(attempt.env)["variables"], **marks, **lc_ctype(seen["variables"])}
     assert attempt.rendezvous.stat().st_mode & 0o777 == 0o600
     record = rundir.read_json(attempt.node(0))
     assert (record["returncode"], record["asked"], record["killed"]) == (0, None, None)

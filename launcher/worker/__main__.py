@@ -17,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
-from launcher import redact, rundir
+from launcher import marks, redact, rundir
 from launcher.errors import ExitCode, SpeechctlError
 
 
@@ -78,7 +78,12 @@ def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:
     # A handler sets a flag and no more; all ranks agree on it after the step.
     signal.signal(signal.SIGTERM, lambda *_: stop_flag.__setitem__(0, True))
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)
+    # In its own file, by the handler itself, in C: also where the interpreter is stuck in somebody's library.
+    stack = None if debug else attempt.stack(rank).open("ab")
+    faulthandler.register(signal.SIGUSR1, file=stack or sys.stderr)
+    if not debug:
+        marks.open_slot(rank, int(os.environ.get("LOCAL_RANK", "0")))
+        marks.mark("imports")
     who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
     rundir.write_json(attempt.rank(rank), who)
     try:

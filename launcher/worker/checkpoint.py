@@ -21,6 +21,7 @@ import torch
 
 from launcher import rundir
 from launcher.errors import DataError, InfrastructureError, StorageError, UsageError
+from launcher.marks import mark
 from launcher.rundir import Attempt, Run
 from launcher.worker.engine import Engine
 from launcher.worker.ranks import Ranks
@@ -156,6 +157,7 @@ class Checkpoints:
         if error := self.ranks.gather(error)[0]:
             return error
         self.mine: dict[str, Any] = {}
+        mark("write")
         try:
             written = self.engine.save(self.staging)
             state = self.staging / f"rank-{self.ranks.rank:05d}.rng.json"
@@ -165,6 +167,7 @@ class Checkpoints:
                 self.mine[str(path.relative_to(self.staging))] = rundir.digest_file(path)
         except Exception as problem:  # whatever it was, the other ranks must hear of it at the vote
             error = f"rank {self.ranks.rank}: {problem}"
+        mark("vote")
         return next((e for e in self.ranks.gather(error) if e), None)
 
     def _refuse_if_superseded(self) -> None:
@@ -184,6 +187,7 @@ class Checkpoints:
             )
 
     def _commit(self, progress: Progress) -> str | None:
+        mark("commit")
         shares = self.ranks.gather(self.mine)
         error: str | None = None
         if self.ranks.rank == 0:
@@ -242,6 +246,7 @@ class Checkpoints:
             folder = self.run.checkpoint(step)
             share = slice(self.ranks.rank, None, self.ranks.world_size)
             problem = unreadable = ""
+            mark("verify")
             try:
                 manifest = rundir.verify(folder, share)
             except DataError as error:
@@ -258,6 +263,7 @@ class Checkpoints:
                 self.ranks.barrier()
                 continue
             self.identity.refuse(folder, manifest)
+            mark("load")
             self.engine.load(folder)
             set_rng_state(json.loads((folder / f"rank-{self.ranks.rank:05d}.rng.json").read_bytes()))
             self.whole.add(step)

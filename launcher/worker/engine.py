@@ -108,7 +108,7 @@ class AccelerateEngine(Engine):
     """One process, or plain data parallel: no DeepSpeed anywhere near, so that a debugger sees an ordinary model."""
 
     def __init__(self, model: SpeechModel, recipe: Recipe, accumulation: int, ranks: Ranks) -> None:
-        from accelerate import Accelerator, DistributedType
+        from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
         if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
             raise RuntimeError("ACCELERATE_USE_DEEPSPEED is set, but the recipe says zero_stage: off")
@@ -116,6 +116,7 @@ class AccelerateEngine(Engine):
             cpu=ranks.device.type == "cpu",
             mixed_precision="bf16" if recipe.precision == "bf16" else "no",
             gradient_accumulation_steps=accumulation,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=ranks.timeout)],
         )
         kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         got = (self.accelerator.distributed_type, self.accelerator.num_processes)

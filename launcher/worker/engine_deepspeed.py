@@ -28,7 +28,7 @@ class DeepSpeedEngine(Engine):
         # minutes of g++, and 69 MB left in /dev/shm); gloo does without. Assigned, not changed: reading the table that
         # is there would probe every operation of DeepSpeed's, with a compiler.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-        deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo")
+        deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", timeout=ranks.timeout)
         self.model = model
         self.device = ranks.device
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

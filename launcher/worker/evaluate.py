@@ -18,6 +18,7 @@ import jiwer
 from launcher import recipe as schema
 from launcher import rundir
 from launcher.errors import DataError
+from launcher.marks import mark
 from launcher.worker import shims
 from launcher.worker.backbone import CtcModel, SpeechModel
 from launcher.worker.data import Tensors, Utterances, ahead
@@ -139,12 +140,15 @@ class Evaluator:
         work = mine + [self.batches[-1]] * (rounds - len(mine))
         results: list[tuple[int, float, str]] = []
         for number, tensors in enumerate(ahead(self._load, work)):
+            mark("agree")
             if self.ranks.sum([float(stop())])[0]:
                 return None
+            mark("batch")
             losses, texts = infer(tensors)
             if number < len(mine):
                 rows = zip(work[number].tolist(), losses.tolist(), texts, strict=True)
                 results += [(int(i), float(loss), text) for i, loss, text in rows]
+        mark("gather")
         return sorted(row for share in self.ranks.gather(results) for row in share)
 
     def _load(self, indices: Any) -> Tensors:

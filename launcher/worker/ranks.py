@@ -16,17 +16,25 @@ import torch
 import torch.distributed as dist
 
 from launcher.errors import DataError, PreflightError
+from launcher.recipe import Deadlines
 
 T = TypeVar("T")
 
-TIMEOUT_S = 600
-"""Of one exchange on the CPU group. Longer than any save or evaluation batch that was seen; gloo's own is 1,800 s."""
+TIMEOUT_S = 1800.0
+"""Of one exchange among ranks that nobody watches; gloo's own."""
+
+
+def patience_s(deadlines: Deadlines) -> float:
+    """How long one exchange may take before torch ends the ranks: longer than the launcher needs to see a hang, name
+    the rank that differs, and end them. A rank may wait through several marks of a slower one."""
+    return max(TIMEOUT_S, 2 * max(deadlines.start, deadlines.step, deadlines.save))
 
 
 class Ranks:
     """This process's place among the ranks, as torchrun's environment gives it."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout = datetime.timedelta(seconds=timeout_s)
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -45,12 +53,10 @@ class Ranks:
         if self.world_size == 1:
             return
         if not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=1800)
-            )
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self.timeout)
         if dist.get_world_size() != self.world_size:
             raise RuntimeError(f"the process group has {dist.get_world_size()} ranks, {self.world_size} were launched")
-        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+        self._group = dist.new_group(backend="gloo", timeout=self.timeout)
 
     def close(self) -> None:
         """Leave together: a rank that goes early aborts the others, and the job fails after its work is done."""

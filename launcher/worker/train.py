@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 
 from launcher import recipe_file, redact, rundir
 from launcher.errors import DataError, ExitCode, StorageError, TrainingError
+from launcher.marks import mark
 from launcher.recipe import Recipe, TriStage
 from launcher.rundir import Attempt
 from launcher.worker.backbone import SpeechModel
@@ -22,7 +23,7 @@ from launcher.worker.engine import AccelerateEngine, Engine
 from launcher.worker.evaluate import Evaluator, Moment, is_due
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.models import build
-from launcher.worker.ranks import Ranks
+from launcher.worker.ranks import Ranks, patience_s
 from launcher.worker.sampler import MicroBatch, Sampler, Step, accumulation, digest, utterances_in
 
 
@@ -95,13 +96,17 @@ class Training:
         self.run = attempt.run
         self.stop_flag = stop_flag
         self.recipe = recipe_file.load(self.run.resolved)
-        self.ranks = ranks = Ranks()
+        self.ranks = ranks = Ranks(patience_s(self.recipe.launch.deadlines))
         batch = self.recipe.batch
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
+        mark("model", "start")
         model = build(self.recipe.backbone, seed=self.recipe.seed)
         config = rundir.read_json(self.run.deepspeed)
+        mark("engine")
         self.engine = engine_for(model, self.recipe, self.accumulation, config, ranks)
+        mark("meet")
         ranks.connect()
+        mark("packs")
         # Every rank has dice of its own, for dropout and masks; weights and order come from the seed alone.
         set_seed(self.recipe.seed + ranks.rank)
         self.data = TrainingSet.open(self.recipe, model)
@@ -117,6 +122,7 @@ class Training:
             order=self.sampler.identity(),
         )
         self.checkpoints = Checkpoints(attempt, self.engine, ranks, identity, self.recipe.checkpoint.keep_last)
+        mark("restore")
         self.checkpoints.fence()
         restored, put_aside = self.checkpoints.restore(fresh)
         self.progress = restored or Progress()
@@ -179,6 +185,7 @@ class Training:
         if self.ranks.rank == 0:
             rundir.write_json(self.attempt.exit, {"code": code, "step": progress.step, "sealed_step": self.sealed_step})
         self.event("stopped" if stopped else "finished", step=progress.step)
+        mark("leave", "save")
         if self.tracker is not None:
             self.tracker.finish()
         self.ranks.close()
@@ -188,6 +195,7 @@ class Training:
         """The rest of this epoch. Returns True when the ranks agreed to stop."""
         progress, recipe = self.progress, self.recipe
         done = progress.cursor.steps
+        mark("order", "step", progress.step)
         steps = self.sampler.steps_left(progress.cursor, self.ranks.world_size, self.accumulation)
         if not steps:
             progress.cursor.epoch, progress.cursor.history = progress.cursor.epoch + 1, []
@@ -227,7 +235,9 @@ class Training:
         total: Any = 0.0
         ids: list[str] = []
         for number, batch in enumerate(mine):
+            mark("data", "step", progress.step + 1)
             utt_ids, tensors = next(feed)
+            mark("forward and backward")
             # Sum over utterances, over all ranks and all accumulation, divided by their number: the factor undoes
             # the engine's plain mean over ranks and micro-batches.
             factor = 0.0 if batch.filler else self.ranks.world_size * self.accumulation / count
@@ -236,7 +246,9 @@ class Training:
                 total = total + loss.double()
                 ids += utt_ids
         rate = learning_rate(recipe.schedule, recipe.optimizer.learning_rate, progress.step, recipe.max_steps)
+        mark("optimizer")
         grad_norm = self.engine.step(rate)
+        mark("agree")
         stop = self.stop_flag[0] or (self.ranks.rank == 0 and self.run.stop_request.exists())
         seconds = [self.sampler.padded(b.indices) for b in mine if not b.filler]
         loss_sum, stops, padded = self.ranks.sum([float(total), float(stop), sum(seconds)])
@@ -282,11 +294,13 @@ class Training:
         progress, began = self.progress, time.monotonic()
         progress.evaluation_due = True
         self.event("evaluating", step=progress.step)
+        mark("begin", "evaluate", progress.step)
         rows = self.evaluator.compute(
             self.engine.infer, lambda: self.stop_flag[0] or (self.ranks.rank == 0 and self.run.stop_request.exists())
         )
         if rows is None:
             return False
+        mark("score")
         mine: dict[str, Any] = {}
         if self.ranks.rank == 0:
             target = self.run.evaluation(progress.step)
@@ -335,6 +349,7 @@ class Training:
             return
         began = time.monotonic()
         self.event("saving", step=progress.step)
+        mark("begin", "save", progress.step)
         error = self.checkpoints.save(progress)
         blocked_s = round(time.monotonic() - began, 3)
         if error is not None:

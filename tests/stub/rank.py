@@ -22,6 +22,7 @@ import psutil
 
 from launcher import rundir
 from launcher.errors import DataError, ExitCode
+from launcher.marks import mark
 from launcher.rundir import Attempt
 from launcher.worker import __main__ as worker
 
@@ -96,13 +97,16 @@ class Training:
         stop = False
         while self.step < self.steps and not stop:
             self.step += 1
+            mark("data", "step", self.step)
             if self.step % SEAL_EVERY == 2 and self.step > SEAL_EVERY:
                 self.misbehave()
+            mark("forward and backward")
             time.sleep(0.02)
             if RANK == 0:
                 metrics = {"step": self.step, "epoch": 0, "loss": 1 / self.step, "grad_norm": 1.0}
                 more = {"learning_rate": 1e-3, "audio_s": 10.0, "step_s": 0.02, "time": time.time()}
                 rundir.append_line(self.attempt.metrics, {**metrics, **more})
+            mark("agree")
             stop = not self.alone and self.agree()
             if not self.alone and (stop or self.step % SEAL_EVERY == 0 or self.step == self.steps):
                 self.seal()
@@ -147,6 +151,7 @@ class Training:
             return True
 
     def seal(self) -> None:
+        mark("begin", "save", self.step)
         if RANK == 0 and not self.run.checkpoint(self.step).exists():
             self.run.checkpoints.mkdir(exist_ok=True)
             staged = self.run.checkpoints / f".attempt-{self.attempt.number:04d}"

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         return 1
     slots = [host["slots"] for host in json.loads((attempt / "hosts.json").read_text())]
     first, count, world = sum(slots[:node_rank]), value(argv, "nproc-per-node"), sum(slots)
-    ranks = [start(first + k, world, behaviour["ranks"][first + k], attempt) for k in range(count)]
+    ranks = [start(first + k, k, world, behaviour["ranks"][first + k], attempt) for k in range(count)]
     while True:
         codes = [rank.poll() for rank in ranks]
         if all(code == 0 for code in codes):
@@ -68,9 +68,10 @@ def value(argv: list[str], option: str) -> int:
     return int(next(a for a in argv if a.startswith(f"--{option}=")).partition("=")[2])
 
 
-def start(rank: int, world: int, behaviour: str, attempt: Path) -> subprocess.Popen[bytes]:
+def start(rank: int, local_rank: int, world: int, behaviour: str, attempt: Path) -> subprocess.Popen[bytes]:
     what = ["-m", "no_such_worker"] if behaviour == "no import" else [str(STUB / "rank.py"), str(attempt)]
-    env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "STUB_BEHAVIOUR": behaviour}
+    place = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world)}
+    env = {**os.environ, **place, "STUB_BEHAVIOUR": behaviour}
     return subprocess.Popen([sys.executable, *what], env=env, start_new_session=True)
 
 
