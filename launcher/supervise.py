@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import environment, rundir
-from launcher.backends import BACKENDS, ssh
+from launcher.backends import BACKENDS, slurm, ssh
 from launcher.errors import ExitCode
 from launcher.hosts import Host
 from launcher.node import END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
@@ -325,7 +325,7 @@ def node_failure(attempt: Attempt, returncodes: Sequence[int], order: Sequence[i
     """The failure of a node itself, where that is the first cause: it never came up, it could not start its ranks, or
     it was lost."""
     hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts) or ()]
-    over_ssh = any(attempt.logs.glob("ssh-*.log"))
+    over_ssh, in_job = (any(attempt.logs.glob(f"{way}-*.log")) for way in ("ssh", "srun"))
     lost: dict[str, Any] | None = None
     for k in order:
         record, log = rundir.read_json(attempt.node(k)), attempt.node_log(k)
@@ -334,6 +334,10 @@ def node_failure(attempt: Attempt, returncodes: Sequence[int], order: Sequence[i
             hint = f"{error.hint}; then `speechctl resume {attempt.run.root}`"
             lost = {"code": error.exit_code, "message": error.message, "hint": hint}
             log = attempt.ssh_log(k)
+        elif record is None and in_job and returncodes[k] != 0:
+            error = slurm.refusal(attempt, k, hosts[k])
+            lost = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+            log = attempt.srun_log(k)
         elif record is not None and "error" in record and k == order[0]:
             lost = record["error"]
         elif returncodes[k] == ssh.FAILED and over_ssh and k == order[0]:
@@ -344,6 +348,14 @@ def node_failure(attempt: Attempt, returncodes: Sequence[int], order: Sequence[i
                 " from the newest checkpoint",
             }
             log = attempt.ssh_log(k)
+        elif in_job and slurm.lost(attempt, k):
+            lost = {
+                "code": ExitCode.INFRASTRUCTURE,
+                "message": f"lost {hosts[k].name}: {slurm.last_words(attempt, k)}",
+                "hint": f"`scontrol show node {hosts[k].name}` says how it is; the job is requeued, or else"
+                f" `speechctl resume {attempt.run.root}` goes on from the newest checkpoint",
+            }
+            log = attempt.srun_log(k)
         if lost is not None:
             return {"rank": None, "evidence": str(log), **lost, "code": int(lost["code"])}
     return None

@@ -107,8 +107,8 @@ def last_words(attempt: Attempt, node_rank: int) -> str:
 
 def lost(attempt: Attempt, node_rank: int) -> bool:
     """Whether SLURM gave the node up, or srun could not reach it any more."""
-    signs = "Node failure|Communication connection failure|Unable to contact|timed out|Timed out"
-    return re.search(signs, attempt.srun_log(node_rank).read_text(errors="replace")) is not None
+    signs = "Node failure on|Communication connection failure|[Tt]imed out"
+    return re.search(signs, last_words(attempt, node_rank)) is not None
 
 
 def refusal(attempt: Attempt, node_rank: int, host: Host) -> HostError:
