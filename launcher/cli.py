@@ -263,7 +263,7 @@ def resume(
 
     where = Run(run)
     report.read(where)  # refuses what is no run before anything is written there
-    with RunLock(where, " ".join(sys.argv), jobs.PATIENCE_S if in_allocation else RunLock.PATIENCE_S):
+    with (jobs.LockInJob if in_allocation else RunLock)(where, " ".join(sys.argv)):
         state = report.read(where)
         if state.state == "finished" and state.max_steps in state.sealed and not fresh:
             ui.say(f"{where.root} is finished")
@@ -509,7 +509,7 @@ def _read_with_job(run: Run) -> Report:
     from launcher import jobs, report
 
     value = report.read(run)
-    job = jobs.current(run)
+    job = None if jobs.is_inside(run) else jobs.current(run)
     return value if job is None else dataclasses.replace(value, job=job.to_json())
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from launcher import environment, rundir
 from launcher.backends import slurm
-from launcher.errors import HostError, UsageError
+from launcher.errors import HostError, InfrastructureError, UsageError
 from launcher.hosts import Host
 from launcher.nodelist import expand_nodelist
 from launcher.plan import Plan
 from launcher.recipe import Recipe
-from launcher.rundir import Run
+from launcher.rundir import Run, RunLock
 
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -37,10 +37,6 @@ UNREACHABLE = "Unable to contact slurm controller"
 
 PAUSES_S = (1, 2, 4)
 """Before each further try, where something is to be done. Where something is only asked, the answer is UNKNOWN."""
-
-PATIENCE_S = 60
-"""How long a job waits for the run's lock. SLURM starts another life of a job when it has given up the one before,
-which may still be ending on a host that SLURM has lost."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Job:
         return {**vars(self), "is_there": self.is_there}
 
     def __str__(self) -> str:
-        return f"{self.id} {self.state}" + (f" ({self.reason})" if self.reason not in ("", "None") else "")
+        return f"{self.id} {self.state}" + (f" ({self.reason})" if self.reason else "")
 
 
 # From outside --------------------------------------------------------------------------------------------------------
@@ -119,7 +115,7 @@ def look_up(job: str) -> Job:
         said = _ask(["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r"])
         found = re.match(r"([A-Z_]+)\|(.*)", said.stdout.strip()) if said.returncode == 0 else None
         if found is not None:
-            return Job(job, found[1], found[2])
+            return Job(job, found[1], found[2].replace("None", ""))
         if UNREACHABLE in said.stderr:
             return Job(job, UNKNOWN, UNREACHABLE)
         accounts = _ask(["sacct", "--noheader", "--allocations", f"--jobs={job}", "--parsable2", "--format=State"])
@@ -210,6 +206,29 @@ def _record(run: Run, job: str) -> Path:
 
 
 # From inside ---------------------------------------------------------------------------------------------------------
+
+
+class LockInJob(RunLock):
+    """The run's lock for a job. SLURM starts another life of a job when it has lost the host of the one before, where
+    that may still be ending; then this one is to come again, not to fail.
+
+    Raises:
+        InfrastructureError: on entry, when another process still holds it.
+    """
+
+    PATIENCE_S = 60
+
+    def __enter__(self) -> RunLock:
+        try:
+            return super().__enter__()
+        except UsageError as error:
+            raise InfrastructureError(error.message, hint=error.hint) from error
+
+
+def is_inside(run: Run) -> bool:
+    """Whether this process is in a job of the run."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job is not None and _record(run, job).exists()
 
 
 def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:

@@ -203,7 +203,7 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
         [
             ("run", f"{value.name} in {value.run_dir}"),
             ("state", state(value)),
-            *([("job", "{id} {state} {reason}".format(**value.job).strip())] if value.job else []),
+            *([("job", job(value.job))] if value.job else []),
             ("steps", f"{value.step} of {value.max_steps}, {counted(value.attempts, 'attempt')}"),
             ("audio", audio if value.metrics else "none yet"),
             ("sealed", (", ".join(str(s) for s in value.sealed) or "none yet") + best),
@@ -228,6 +228,10 @@ def commands_next(commands: list[str]) -> None:
     answer("\nnext:")
     for command in commands:
         answer(f"  {command}")
+
+
+def job(value: dict[str, Any]) -> str:
+    return f"{value['id']} {value['state']}" + (f" ({value['reason']})" if value["reason"] else "")
 
 
 def state(value: Report) -> str:

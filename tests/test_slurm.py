@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from launcher import environment, jobs, rundir
+from launcher import environment, jobs, rundir, supervise
 from launcher.backends import slurm
-from launcher.errors import ExitCode, HostError, PreflightError, UsageError
+from launcher.errors import ExitCode, HostError, InfrastructureError, PreflightError, UsageError
 from launcher.recipe_file import RecipeError, load
-from launcher.rundir import Run
+from launcher.rundir import Run, RunLock
 from tests.conftest import RECIPE, Golden, Stub
 
 ROOT = Path(__file__).parent.parent
@@ -322,3 +322,47 @@ def test_in_allocation_outside_of_one(stub: Stub, fakes: Fakes) -> None:
     done = stub.speechctl("resume", str(stub.run.root), "--in-allocation")
     assert done.returncode == ExitCode.USAGE
     assert "error: --in-allocation is for a process in a SLURM job, and this is in none" in done.stderr
+
+
+# How nodes fail ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "came_up", "returncode", "code", "message"),
+    [
+        # As SLURM 22.05 says it; of a node that it has lost, srun itself makes 0.
+        ("srun: error: Node failure on node2", True, 0, ExitCode.INFRASTRUCTURE, "lost node2: Node failure on node2"),
+        (
+            "srun: error: Task launch for StepId=4.0 failed on node node2: Communication connection failure",
+            False,
+            233,
+            ExitCode.HOST,
+            "cannot start a node on node2: Task launch for StepId=4.0 failed on node node2: Communication connection"
+            " failure",
+        ),
+    ],
+)
+def test_what_srun_says_of_a_node(
+    stub: Stub, said: str, came_up: bool, returncode: int, code: ExitCode, message: str
+) -> None:
+    attempt = stub.attempt()
+    rundir.write_json(attempt.hosts, [{"name": "node1", "slots": 1}, {"name": "node2", "slots": 1}])
+    record = {"host": "node", "returncode": None, "killed": None, "asked": None}
+    for k in range(2):
+        attempt.srun_log(k).write_text("srun: cluster configuration lacks support for cpu binding\n")
+        if k == 0 or came_up:
+            rundir.write_json(attempt.node(k), {**record, "node_rank": k})
+    attempt.srun_log(1).write_text(f"{said}\nsrun: Job step aborted: Waiting up to 7 seconds\n")
+    assert supervise.conclude(attempt, [1, returncode], [1, 0]) == code
+    assert rundir.read_json(attempt.failure)["message"] == message
+
+
+def test_a_job_comes_again_where_the_run_is_still_in_use(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub.run.root.mkdir(parents=True)
+    monkeypatch.setattr(jobs.LockInJob, "PATIENCE_S", 0.1)
+    with (
+        RunLock(stub.run, "the life before"),
+        pytest.raises(InfrastructureError, match="in use by `the life before`"),
+        jobs.LockInJob(stub.run, "this life"),
+    ):
+        pass

@@ -102,7 +102,6 @@ def test_a_launch_submits_a_job_that_finishes(two: Two) -> None:
     assert [rundir.read_json(attempt.rank(k))["host"] for k in range(2)] == ["node1", "node2"]
     assert rundir.read_json(attempt.node(1))["interface"] == "eth0"
     assert rundir.read_lines(attempt.supervisor)[0]["job"] == job
-    assert "step 50: finished" not in two.log(job)  # the stub says nothing of the kind
     shown = two.stub.speechctl("status", str(two.run.root))
     assert re.search(rf"^job +{job} COMPLETED", shown.stdout, flags=re.MULTILINE), shown.stdout
 
@@ -182,10 +181,10 @@ def test_a_node_is_drained_under_a_run(two: Two) -> None:
     waiting = str(int(job) + 1)
     wait_until(lambda: two.slurm.show(waiting)["Reason"] not in ("None", "Priority"))
     shown = two.stub.speechctl("status", str(two.run.root))
-    assert re.search(rf"^job +{waiting} PENDING .*ReqNode", shown.stdout, flags=re.MULTILINE), shown.stdout
+    assert re.search(rf"^job +{waiting} PENDING .*(ReqNode|DRAINED)", shown.stdout, flags=re.MULTILINE), shown.stdout
     second = two.stub.speechctl("resume", str(two.run.root))
     assert second.returncode == ExitCode.USAGE
-    assert f"error: {two.run.root} has a job already: {waiting} PENDING (ReqNode" in second.stderr
+    assert f"error: {two.run.root} has a job already: {waiting} PENDING (" in second.stderr
     stopped = two.stub.speechctl("stop", str(two.run.root))
     assert stopped.stdout == f"{two.run.root}: job {waiting} is cancelled\n"
     two.ended(waiting, "CANCELLED")
@@ -198,6 +197,7 @@ def test_a_node_crashes(two: Two, name: str) -> None:
     two.attempt(1)
     two.slurm.power_off(name)
     wait_until(lambda: two.slurm.show(job)["Restarts"] == "1", 60)
+    assert empty(two.run.root, within_s=20), "the other node ended its rank"
     two.stub.behave("train 50", "train 50")
     two.slurm.power_on(name)
     two.ended(job, "COMPLETED", timeout_s=90)
@@ -210,7 +210,7 @@ def test_the_controller_is_restarted(two: Two) -> None:
     time.sleep(6)  # a controller that has not yet saved that a job runs would start it a second time
     two.slurm.kill_controller()
     shown = two.stub.speechctl("status", str(two.run.root))
-    assert re.search(rf"^job +{job} UNKNOWN .*Unable to contact slurm controller", shown.stdout, flags=re.MULTILINE)
+    assert re.search(rf"^job +{job} UNKNOWN \(Unable to contact slurm controller", shown.stdout, flags=re.MULTILINE)
     assert "state   running" in shown.stdout
     refused = two.stub.speechctl("launch", "stub.yaml", "--set", "name=other")
     assert refused.returncode == ExitCode.HOST and "`scontrol ping`" in refused.stderr
