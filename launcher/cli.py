@@ -286,7 +286,7 @@ def resume(
     """
     import dataclasses
 
-    from launcher import environment, follow, jobs, new_run, ownership, recipe_file, report, rundir, ui
+    from launcher import environment, follow, jobs, new_run, ownership, recipe_file, redact, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.rundir import Run, RunLock
@@ -297,7 +297,7 @@ def resume(
     ownership.refuse_foreign(where)
     if detach and follow.is_needed(recipe_file.load(where.resolved).launch.backend):
         raise typer.Exit(follow.tell_detached(where, *["--fresh"] * fresh))
-    with RunLock(where, " ".join(sys.argv), jobs.PATIENCE_S if in_allocation else RunLock.PATIENCE_S):
+    with (jobs.LockInJob if in_allocation else RunLock)(where, redact.current.text(" ".join(sys.argv))):
         state = report.read(where)
         if state.state == "finished" and state.max_steps in state.sealed and not fresh:
             ui.say(f"{where.root} is finished")
@@ -638,7 +638,7 @@ def _read_with_job(run: Run) -> Report:
     from launcher import jobs, report
 
     value = report.read(run)
-    job = jobs.current(run)
+    job = None if jobs.is_inside(run) else jobs.current(run)
     return value if job is None else dataclasses.replace(value, job=job.to_json())
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher import account, rundir
-from launcher.backends import ssh
+from launcher.backends import slurm, ssh
 from launcher.errors import DataError, ExitCode
 from launcher.hosts import Host
 from launcher.rundir import Attempt
@@ -159,7 +159,7 @@ class _Ended:
         self.hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts) or ()]
         self.nodes: dict[int, dict[str, Any]] = {k: n for k in order if (n := rundir.read_json(attempt.node(k)))}
         self.places = places(attempt)
-        self.over_ssh = any(attempt.logs.glob("ssh-*.log"))
+        self.over_ssh, self.in_job = (any(attempt.logs.glob(f"{way}-*.log")) for way in ("ssh", "srun"))
         records = [rundir.read_json(p) for p in sorted(attempt.failures.glob("rank-*.json"))]
         self.records: list[dict[str, Any]] = sorted(records, key=lambda r: (self.turn(r["rank"]), float(r["time"])))
         """What ranks said of their ends: by the order of their nodes, and within a node by its clock."""
@@ -221,6 +221,11 @@ def _never_came_up(ended: _Ended) -> Failure | None:
                 error = ssh.refusal(ended.attempt, k, ended.hosts[k])
                 hint = f"{error.hint}; then `speechctl resume {ended.attempt.run.root}`"
                 return ended.of_node("host refused", k, error.message, hint, ended.attempt.ssh_log(k))
+            if ended.in_job and slurm.lost(ended.attempt, k):
+                return _lost_by_slurm(ended, k)
+            if ended.in_job:
+                error = slurm.refusal(ended.attempt, k, ended.hosts[k])
+                return ended.of_node("host refused", k, error.message, error.hint, ended.attempt.srun_log(k))
             log = ended.attempt.node_log(k)
             words = account.last_error(log)
             if ended.returncodes[k] < 0:
@@ -244,6 +249,8 @@ def _lost_node(ended: _Ended) -> Failure | None:
 
 def _lost(ended: _Ended, k: int) -> Failure | None:
     node, returncode = ended.nodes.get(k), ended.returncodes[k]
+    if ended.in_job and slurm.lost(ended.attempt, k):  # srun may return 0 then
+        return _lost_by_slurm(ended, k)
     if node is None or returncode == 0:
         return None
     if ended.over_ssh and returncode == ssh.FAILED and account.text_of(ended.attempt.ssh_log(k)).strip():
@@ -265,6 +272,13 @@ def _lost(ended: _Ended, k: int) -> Failure | None:
     if str(node["asked"]).startswith("nothing was heard"):
         return ended.of_node("node lost", k, f"{ended.node(k)} and the launcher lost each other: {node['asked']}")
     return None
+
+
+def _lost_by_slurm(ended: _Ended, k: int) -> Failure:
+    host = ended.host(k)
+    hint = f"`scontrol show node {host}` says how it is; the job is requeued, or else {resume(ended.attempt)}"
+    message = f"lost {host}: {slurm.last_words(ended.attempt, k)}"
+    return ended.of_node("node lost", k, message, hint, ended.attempt.srun_log(k))
 
 
 def _rank(ended: _Ended) -> Failure | None:

@@ -17,12 +17,12 @@ from typing import Any
 
 from launcher import environment, rundir, secret
 from launcher.backends import slurm
-from launcher.errors import HostError, UsageError
+from launcher.errors import HostError, InfrastructureError, UsageError
 from launcher.hosts import Host
 from launcher.nodelist import expand_nodelist
 from launcher.plan import Plan
 from launcher.recipe import Recipe
-from launcher.rundir import Run
+from launcher.rundir import Run, RunLock
 
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -36,11 +36,7 @@ UNREACHABLE = "Unable to contact slurm controller"
 """SLURM's words where nobody has heard the question, so that it can be asked again."""
 
 PAUSES_S = (1, 2, 4)
-"""Before each further try."""
-
-PATIENCE_S = 60
-"""How long a job waits for the run's lock. SLURM starts another life of a job when it has given up the one before,
-which may still be ending on a host that SLURM has lost."""
+"""Before each further try, where something is to be done. Where something is only asked, the answer is UNKNOWN."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Job:
         return {**vars(self), "is_there": self.is_there}
 
     def __str__(self) -> str:
-        return f"{self.id} {self.state}" + (f" ({self.reason})" if self.reason not in ("", "None") else "")
+        return f"{self.id} {self.state}" + (f" ({self.reason})" if self.reason else "")
 
 
 # From outside --------------------------------------------------------------------------------------------------------
@@ -81,7 +77,7 @@ def submit(run: Run, recipe: Recipe, *, fresh: bool = False) -> Job:
         )
     run.slurm.mkdir(exist_ok=True)  # sbatch would take a log that cannot be written, and the job would fail unseen
     argv = slurm.sbatch(recipe, run, spared(run, recipe), ["--fresh"] * fresh)
-    said = _ask(argv)
+    said = _ask(argv, PAUSES_S)
     if said.returncode != 0:
         words = _words(said)
         raise HostError(f"sbatch refused the job: {words}", hint=_hint(words))
@@ -119,11 +115,13 @@ def look_up(job: str) -> Job:
         said = _ask(["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r"])
         found = re.match(r"([A-Z_]+)\|(.*)", said.stdout.strip()) if said.returncode == 0 else None
         if found is not None:
-            return Job(job, found[1], found[2])
+            return Job(job, found[1], found[2].replace("None", ""))
+        if UNREACHABLE in said.stderr:
+            return Job(job, UNKNOWN, UNREACHABLE)
         accounts = _ask(["sacct", "--noheader", "--allocations", f"--jobs={job}", "--parsable2", "--format=State"])
         if accounts.returncode == 0 and accounts.stdout.strip():
             return Job(job, accounts.stdout.split()[0], "")  # `CANCELLED by 1000`
-        return Job(job, UNKNOWN, "SLURM has forgotten it" if UNREACHABLE not in said.stderr else _words(said))
+        return Job(job, UNKNOWN, "SLURM has forgotten it")
     except HostError as error:
         return Job(job, UNKNOWN, error.message)
 
@@ -146,7 +144,7 @@ def cancel(job: Job) -> None:
     Raises:
         HostError: SLURM refused, or cannot be reached.
     """
-    said = _ask(["scancel", job.id])
+    said = _ask(["scancel", job.id], PAUSES_S)
     if said.returncode != 0:
         raise HostError(f"scancel refused: {_words(said)}", hint=f"`scancel {job.id}` by hand, when SLURM answers")
 
@@ -164,13 +162,13 @@ def environment_of_a_job(given: Mapping[str, str] = os.environ) -> dict[str, str
     return kept | {"PATH": f"{Path(sys.executable).parent}:{given.get('PATH', os.defpath)}"}
 
 
-def _ask(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands, again after a while where nobody could be reached.
+def _ask(argv: Sequence[str], pauses_s: Sequence[int] = ()) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's commands, again after each pause while nobody can be reached.
 
     Raises:
         HostError: it is not there, or does not end.
     """
-    for pause in (*PAUSES_S, None):
+    for pause in (*pauses_s, None):
         try:
             said = subprocess.run(
                 argv,
@@ -208,6 +206,29 @@ def _record(run: Run, job: str) -> Path:
 
 
 # From inside ---------------------------------------------------------------------------------------------------------
+
+
+class LockInJob(RunLock):
+    """The run's lock for a job. SLURM starts another life of a job when it has lost the host of the one before, where
+    that may still be ending; then this one is to come again, not to fail.
+
+    Raises:
+        InfrastructureError: on entry, when another process still holds it.
+    """
+
+    PATIENCE_S = 60
+
+    def __enter__(self) -> RunLock:
+        try:
+            return super().__enter__()
+        except UsageError as error:
+            raise InfrastructureError(error.message, hint=error.hint) from error
+
+
+def is_inside(run: Run) -> bool:
+    """Whether this process is in a job of the run."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job is not None and _record(run, job).exists()
 
 
 def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:

@@ -404,16 +404,15 @@ class RunLock:
     PATIENCE_S = 1.0
     """Those who only ask for the holder take the lock for a moment, too."""
 
-    def __init__(self, run: Run, command: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, run: Run, command: str) -> None:
         self.run = run
         self.command = command
-        self.patience_s = patience_s
         self.fd = -1
 
     def __enter__(self) -> RunLock:
         with storage_errors(self.run.lock):
             self.fd = os.open(self.run.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + self.patience_s
+        deadline = time.monotonic() + self.PATIENCE_S
         while not self._try():
             if time.monotonic() > deadline:
                 os.close(self.fd)

@@ -80,6 +80,8 @@ def to_the_end(
                     failed = recovery.no_progress(run, failed, decision.in_vain)
                     rundir.write_json(attempt.failure, failed.to_json())
                 return failed.code
+            if plan.backend == "slurm" and failed.kind in recovery.AT_ITS_HOST:
+                return failed.code  # another job may get another host in its place
             tell(relaunching(attempt, failed, decision.wait_s, recovery.used_again(moved, avoided)))
             if not pause(decision.wait_s, run, received):
                 return failed.code
@@ -203,7 +205,7 @@ def run_attempt(
                 if node.stdin is not None:
                     node.stdin.close()  # one that still runs now ends its ranks, gently first
             returncodes = [node.wait() for node in nodes]
-            for log in attempt.logs.glob("ssh-*.log"):
+            for log in (*attempt.logs.glob("ssh-*.log"), *attempt.logs.glob("srun-*.log")):
                 redact.rewrite(log, redact.current)
     code = conclude(attempt, returncodes, order, seen)
     value = rundir.read_json(attempt.failure)

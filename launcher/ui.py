@@ -223,8 +223,8 @@ def show(run: Run, value: Report) -> None:
 
 
 def job_of(value: Report, job: dict[str, Any]) -> str:
-    said = "{state} {reason}".format(**value.job).strip() if value.job else ""
-    return f"{job['id']}, submitted {clock(job['time'])}" + (f": {said}" if said else "")
+    said = f": {value.job['state']} {value.job['reason']}".rstrip() if value.job else ""
+    return f"{job['id']}, submitted {clock(job['time'])}{said}"
 
 
 def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> None:

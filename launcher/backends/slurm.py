@@ -100,15 +100,16 @@ def clock(seconds: float) -> str:
 
 def last_words(attempt: Attempt, node_rank: int) -> str:
     """What srun said last that says something."""
-    lines = attempt.srun_log(node_rank).read_text(errors="replace").split("\n")
+    log = attempt.srun_log(node_rank)
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     said = [line.strip() for line in lines if re.match(r"(srun|slurmstepd\S*): error: ", line)]
     return said[-1].partition("error: ")[2] if said else "srun said nothing"
 
 
 def lost(attempt: Attempt, node_rank: int) -> bool:
     """Whether SLURM gave the node up, or srun could not reach it any more."""
-    signs = "Node failure|Communication connection failure|Unable to contact|timed out|Timed out"
-    return re.search(signs, attempt.srun_log(node_rank).read_text(errors="replace")) is not None
+    signs = "Node failure on|Communication connection failure|[Tt]imed out"
+    return re.search(signs, last_words(attempt, node_rank)) is not None
 
 
 def refusal(attempt: Attempt, node_rank: int, host: Host) -> HostError:

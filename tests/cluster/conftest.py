@@ -16,12 +16,15 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 from tests.conftest import wait_until
+
+if TYPE_CHECKING:
+    from tests.cluster.slurm import Slurm
 
 NETWORK = "10.91.7"
 """Inside the namespaces only: two of these can be up at once."""
@@ -196,10 +199,17 @@ def missing() -> str | None:
     return None if tried.returncode == 0 else "the kernel gives no namespaces here"
 
 
+def skip(why: str) -> None:
+    """Where the tests are told that there can be a cluster (as in CI), that there is none is a failure."""
+    if os.environ.get("SPEECHCTL_TEST_CLUSTER") == "required":
+        pytest.fail(f"SPEECHCTL_TEST_CLUSTER is `required`, but a cluster here {why}")
+    pytest.skip(why)
+
+
 @pytest.fixture(scope="session")
 def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if (why := missing()) is not None:
-        pytest.skip(why)
+        skip(why)
     made = Cluster(tmp_path_factory.mktemp("cluster"), 3)
     try:
         made.up()
@@ -213,6 +223,27 @@ def cluster(booted: Cluster) -> Iterator[Cluster]:
     """Three hosts in good order."""
     yield booted
     booted.mend()
+
+
+@pytest.fixture(scope="session")
+def slurm_booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    from tests.cluster import slurm
+
+    if (why := missing() or slurm.missing()) is not None:
+        skip(why)
+    made = slurm.Slurm(tmp_path_factory.mktemp("slurm"), 2)
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture
+def slurm(slurm_booted: Slurm) -> Iterator[Slurm]:
+    """A partition of two nodes in good order."""
+    yield slurm_booted
+    slurm_booted.mend()
 
 
 def processes_of(root: Path) -> list[psutil.Process]:

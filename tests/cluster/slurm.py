@@ -134,6 +134,10 @@ class Slurm(Cluster):
 
     def mend(self) -> None:
         """No job, and every node idle."""
+        if self.at_desk("scontrol", "ping").returncode != 0:
+            self.start_controller()
+        for name in self.hosts.keys() - self.inside.keys():
+            self.power_on(name)
         self.at_desk("scancel", "--user=root")
         self.at_desk("scancel", "--user=root", "--signal=KILL", "--full")
         super().mend()

@@ -1,0 +1,367 @@
+"""What is asked of SLURM, to the word, and what is said when it refuses. Real jobs are in `cluster/test_slurm.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import environment, failure, jobs, rundir
+from launcher.backends import slurm
+from launcher.errors import ExitCode, HostError, InfrastructureError, PreflightError, UsageError
+from launcher.recipe_file import RecipeError, load
+from launcher.rundir import Run, RunLock
+from tests.conftest import RECIPE, Golden, Stub
+
+ROOT = Path(__file__).parent.parent
+
+FAKE = """\
+#!{python}
+import json, os, sys
+from pathlib import Path
+record = Path(__file__).with_suffix(".json")
+said = json.loads(record.read_text()) if record.exists() else []
+record.write_text(json.dumps([*said, {{"argv": sys.argv[1:], "environment": dict(os.environ)}}]))
+answer = json.loads(Path(__file__).with_name("answers.json").read_text())[Path(__file__).name]
+sys.stdout.write(answer[1])
+sys.stderr.write(answer[2])
+sys.exit(answer[0])
+"""
+
+
+class Fakes:
+    """Commands of SLURM on PATH that write down what they were asked, and answer as they are told."""
+
+    def __init__(self, stub: Stub) -> None:
+        self.folder = stub.root / "fakes"
+        self.folder.mkdir()
+        self.answers: dict[str, tuple[int, str, str]] = {}
+        stub.env["PATH"] = f"{self.folder}:{os.environ['PATH']}"
+
+    def answer(self, name: str, code: int = 0, out: str = "", err: str = "") -> None:
+        self.answers[name] = (code, out, err)
+        (self.folder / "answers.json").write_text(json.dumps(self.answers))
+        (self.folder / name).write_text(FAKE.format(python=sys.executable))
+        (self.folder / name).chmod(0o755)
+
+    def asked(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / f"{name}.json"
+        found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        return found
+
+
+@pytest.fixture
+def fakes(stub: Stub) -> Fakes:
+    made = Fakes(stub)
+    made.answer("sbatch", out="12;cluster\n")
+    write(stub, "{backend: slurm, nodes: 2}")
+    return made
+
+
+def write(stub: Stub, launch: str) -> None:
+    stub.recipe.write_text(RECIPE.replace("{processes: 2, stop_grace: 2s}", launch))
+
+
+ODD = [
+    "two words",
+    "'",
+    '"',
+    "$(touch canary)",
+    "`touch canary`",
+    ";touch canary",
+    "\\",
+    "--wrap=touch",
+    "%j",
+    "*",
+    "é",
+]
+
+
+def test_values_of_the_recipe_reach_sbatch_as_single_words(stub: Stub, fakes: Fakes) -> None:
+    odd = " ".join(ODD)
+    fields = ("partition", "account", "qos", "gres", "exclude")
+    value = {name: f"{name} {odd}" for name in fields}
+    launch = {"backend": "slurm", "nodes": 2, "slurm": {**value, "time": 90061, "options": [f"--comment={odd}"]}}
+    run_dir = stub.root / "a run of 100%; $(touch canary)"
+    write(stub, json.dumps(launch))
+    done = stub.speechctl("launch", "stub.yaml", "--set", f"run_dir={json.dumps(str(run_dir))}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("job  12\n")
+    ((asked),) = fakes.asked("sbatch")
+    assert asked["argv"] == [
+        *("--parsable", "--job-name=stub", "--nodes=2", "--ntasks-per-node=1", "--signal=B:USR2@180"),
+        *("--requeue", "--open-mode=append", "--export=ALL", f"--chdir={run_dir}"),
+        f"--output={stub.root}/a run of 100%%; $(touch canary)/slurm/job-%j.log",
+        *(f"--{name}={name} {odd}" for name in ("partition", "account", "qos", "gres")),
+        "--time=1-01:01:01",
+        f"--exclude=exclude {odd}",
+        f"--comment={odd}",
+        str(slurm.SCRIPT),
+        str(run_dir),
+    ]
+    assert (run_dir / "slurm").is_dir(), "sbatch has somewhere to put the log"
+    assert rundir.read_json(run_dir / "slurm" / "job-12.json")["argv"] == ["sbatch", *asked["argv"]]
+    assert not list(stub.root.rglob("canary"))
+
+
+def test_a_line_break_is_no_end_of_a_word(stub: Stub, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes are read without any; this is for who makes one in Python."""
+    monkeypatch.setenv("PATH", stub.env["PATH"])
+    value = load(stub.recipe)
+    odd = value.launch.slurm.model_copy(update={"partition": "main\n#SBATCH --wrap=x", "options": ["--comment=a\nb"]})
+    value = value.model_copy(update={"launch": value.launch.model_copy(update={"slurm": odd})})
+    stub.run.root.mkdir(parents=True)
+    assert jobs.submit(stub.run, value).id == "12"
+    argv = fakes.asked("sbatch")[0]["argv"]
+    assert "--partition=main\n#SBATCH --wrap=x" in argv and "--comment=a\nb" in argv
+    with pytest.raises(UsageError, match="no backslash and no control character"):
+        jobs.submit(Run(stub.root / "a\nb"), value)
+
+
+def test_the_environment_of_a_job_is_what_ranks_may_have_and_settings(stub: Stub, fakes: Fakes) -> None:
+    given = {
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "SBATCH_RESERVATION": "mine",
+        "SLURM_CPU_BIND": "x",
+        "NCCL_DEBUG": "INFO",
+    }
+    stub.env |= given
+    assert stub.speechctl("launch", "stub.yaml").returncode == 0
+    found = fakes.asked("sbatch")[0]["environment"]
+    assert {k: found.get(k) for k in given} == {**given, "AWS_SECRET_ACCESS_KEY": None}
+    assert found["PATH"].split(":")[:2] == [str(Path(sys.executable).parent), str(fakes.folder)]
+    inside = jobs.environment_of_a_job({**given, "SLURM_JOB_ID": "1", "SLURM_CONF": "/etc/x", "PATH": "/bin"})
+    assert sorted(inside) == ["NCCL_DEBUG", "PATH", "SBATCH_RESERVATION", "SLURM_CONF"], "the rest is that job's"
+
+
+def test_a_job_that_is_refused_leaves_no_run_and_says_why(stub: Stub, fakes: Fakes) -> None:
+    words = "sbatch: error: invalid account\nsbatch: error: Batch job submission failed: Invalid account or\x1b[31m\n"
+    fakes.answer("sbatch", 1, err=words)
+    done = stub.speechctl("launch", "stub.yaml")
+    assert done.returncode == ExitCode.HOST
+    assert done.stderr == (
+        "error: sbatch refused the job: invalid account; Batch job submission failed: Invalid account or\\x1b[31m\n\n"
+        "hint: `sacctmgr show associations user=$USER` lists the accounts; set launch.slurm.account\n"
+    )
+    assert not stub.run.root.exists()
+
+
+def test_without_sbatch_it_says_where_to_be(stub: Stub, fakes: Fakes) -> None:
+    (fakes.folder / "sbatch").unlink()
+    stub.env["PATH"] = str(fakes.folder)
+    done = stub.speechctl("launch", "stub.yaml")
+    assert done.returncode == ExitCode.HOST
+    assert done.stderr.startswith("error: cannot start sbatch: No such file or directory\n\nhint: run this where SLURM")
+    assert not stub.run.root.exists()
+
+
+def test_a_controller_that_is_away_is_asked_again(
+    stub: Stub, fakes: Fakes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", stub.env["PATH"])
+    monkeypatch.setattr(jobs, "PAUSES_S", (0, 0))
+    fakes.answer("scancel", 1, err=f"scancel: error: {jobs.UNREACHABLE} (connect failure)\n")
+    with pytest.raises(HostError, match="Unable to contact"):
+        jobs.cancel(jobs.Job("12", "PENDING", ""))
+    assert len(fakes.asked("scancel")) == 3
+    fakes.answer("scancel", 1, err="scancel: error: Kill job error on job id 12: Socket timed out on send/recv\n")
+    with pytest.raises(HostError, match="timed out"):
+        jobs.cancel(jobs.Job("12", "PENDING", ""))
+    assert len(fakes.asked("scancel")) == 4, "it may have been heard"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "state", "reason"),
+    [
+        ((0, "PENDING|Resources\n", ""), None, "PENDING", "Resources"),
+        ((1, "", "Invalid job id specified\n"), (0, "CANCELLED by 0\n", ""), "CANCELLED", ""),
+        ((1, "", "Invalid job id specified\n"), (1, "", "disabled\n"), "UNKNOWN", "SLURM has forgotten it"),
+        ((1, "", f"{jobs.UNREACHABLE}\n"), None, "UNKNOWN", jobs.UNREACHABLE),
+        (None, None, "UNKNOWN", "cannot start squeue: No such file or directory"),
+    ],
+)
+def test_the_state_of_a_job(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, squeue: Any, sacct: Any, state: str, reason: str
+) -> None:
+    monkeypatch.setenv("PATH", str(fakes.folder))
+    for name, answer in (("squeue", squeue), ("sacct", sacct)):
+        if answer is not None:
+            fakes.answer(name, *answer)
+    assert jobs.look_up("12") == jobs.Job("12", state, reason)
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        *((None, 0), ("gpu", 1), ("gpu:8", 8), ("gpu:h100:8", 8), ("gpu:h100", 1), ("gpu:a:2,nvme:1,gpu:b:3", 5)),
+        *(("nvme:4", 0), ("gpuish:8", 0), ("gpu:0", 0)),
+    ],
+)
+def test_gpus_of_gres(gres: str | None, gpus: int) -> None:
+    assert environment.gpus_of_gres(gres) == gpus
+
+
+def test_ranks_follow_from_gres(stub: Stub) -> None:
+    def slots(launch: str) -> list[tuple[str, int]]:
+        write(stub, launch)
+        return [(h.name, h.slots) for h in environment.machines(load(stub.recipe))]
+
+    assert slots("{backend: slurm, nodes: 2, slurm: {gres: 'gpu:8'}}") == [("node-000", 8), ("node-001", 8)]
+    assert slots("{backend: slurm, nodes: 1}") == [("node-000", 1)]
+    assert slots("{backend: slurm, nodes: 1, device: cpu, slurm: {gres: 'gpu:8'}}") == [("node-000", 1)]
+    assert slots("{backend: slurm, nodes: 1, processes: 4, slurm: {gres: 'gpu:8'}}") == [("node-000", 4)]
+    with pytest.raises(PreflightError, match=r"a node of launch.slurm.gres has 2 GPU"):
+        slots("{backend: slurm, nodes: 1, processes: 4, slurm: {gres: 'gpu:2'}}")
+
+
+@pytest.mark.parametrize(
+    ("launch", "complaint"),
+    [
+        ("{slurm: {time: 4m}}", "slurm.time, 240 s, leaves nothing to train in: .* 240 s in all"),
+        ("{stop_grace: 171s}", "slurm.warning, 180 s, must be longer than launch.stop_grace, 171 s, .* at least 181 s"),
+    ],
+)
+def test_a_time_limit_must_leave_time_to_save(stub: Stub, launch: str, complaint: str) -> None:
+    write(stub, "{backend: slurm, nodes: 1, " + launch[1:])
+    with pytest.raises(RecipeError, match=complaint):
+        load(stub.recipe)
+    write(stub, launch)
+    load(stub.recipe)  # the other backends do not look at it
+
+
+def test_backend_on_the_command_line_resets_what_is_of_others(stub: Stub, fakes: Fakes) -> None:
+    write(stub, "{backend: ssh, hostfile: hosts, include: [a], nodes: 2, stop_grace: 2s}")
+    done = stub.speechctl("launch", "stub.yaml", "--backend", "slurm")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(stub.run.root)
+    stub.behave("train 5")
+    done = stub.speechctl("launch", "stub.yaml", "--backend", "local")
+    assert done.returncode == 0, done.stderr
+
+
+# The plan ------------------------------------------------------------------------------------------------------------
+
+
+SIXTY_FOUR = {
+    "local": "{processes: 8}",
+    "ssh": "{backend: ssh, hostfile: hosts}",
+    "slurm": "{backend: slurm, nodes: 64, slurm: {partition: batch, account: speech, gres: 'gpu:h100:8', time: 24h,"
+    " exclude: 'gpu[07,09]', options: [--exclusive, --mem=0, '--comment=two words']}}",
+}
+
+
+@pytest.mark.parametrize("backend", SIXTY_FOUR)
+def test_the_plan_of_64_nodes(stub: Stub, golden: Golden, backend: str) -> None:
+    write(stub, SIXTY_FOUR[backend])
+    (stub.root / "hosts").write_text("".join(f"gpu-{k:02d} slots=8\n" for k in range(1, 65)))
+    options = ("--dry-run", "--set", "run_dir=/shared/runs/big")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = stub.speechctl("launch", "stub.yaml", *options)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1, "0.3 s of a processor is usual"
+    golden(f"dry-run/64-{backend}.txt", done.stdout.replace(str(ROOT), "/opt/speechctl"))
+    assert not Path("/shared/runs/big").exists()
+
+
+def test_the_abbreviated_commands_are_the_real_ones(stub: Stub) -> None:
+    write(stub, SIXTY_FOUR["slurm"])
+    stub.recipe.write_text(stub.recipe.read_text() + "run_dir: /shared/runs/big\n")
+    out = json.loads(stub.speechctl("plan", "stub.yaml", "--json").stdout)
+    node = "/shared/runs/big/attempts/0001/node.sh"
+    assert out["commands"][0][0] == "sbatch" and len(out["commands"]) == 65
+    for k, command in enumerate(out["commands"][1:]):
+        assert command == ["srun", *slurm.SRUN, f"--nodelist=node-{k:03d}", "bash", node, str(k)]
+
+
+# The script ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_is_one_file_and_goes_with_the_package() -> None:
+    assert (ROOT / "slurm" / "train.sbatch").resolve() == slurm.SCRIPT
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert packaged["launcher.backends"] == [slurm.SCRIPT.name]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_the_script_is_clean() -> None:
+    done = subprocess.run(["shellcheck", str(slurm.SCRIPT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_flag_of_the_script_has_its_reason() -> None:
+    lines = slurm.SCRIPT.read_text().splitlines()
+    flags = [k for k, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert len(flags) == 5
+    assert all(lines[k + 1].startswith("#   ") for k in flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"), [([], "usage: sbatch"), (["runs/x y"], "hint: sbatch {script} runs/x\\ y")]
+)
+def test_the_script_outside_of_a_job(arguments: list[str], complaint: str) -> None:
+    command = ["bash", str(slurm.SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == ExitCode.USAGE
+    assert complaint.format(script=slurm.SCRIPT) in done.stderr
+
+
+def test_in_allocation_outside_of_one(stub: Stub, fakes: Fakes) -> None:
+    assert stub.speechctl("launch", "stub.yaml", "--hold").stdout.strip() == str(stub.run.root)
+    assert fakes.asked("sbatch") == []
+    for name in [n for n in stub.env if n.startswith("SLURM_")]:
+        del stub.env[name]
+    done = stub.speechctl("resume", str(stub.run.root), "--in-allocation")
+    assert done.returncode == ExitCode.USAGE
+    assert "error: --in-allocation is for a process in a SLURM job, and this is in none" in done.stderr
+
+
+# How nodes fail ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "came_up", "returncode", "code", "message"),
+    [
+        # As SLURM 22.05 says it; of a node that it has lost, srun itself makes 0.
+        ("srun: error: Node failure on node2", True, 0, ExitCode.INFRASTRUCTURE, "lost node2: Node failure on node2"),
+        (
+            "srun: error: Task launch for StepId=4.0 failed on node node2: Communication connection failure",
+            False,
+            233,
+            ExitCode.INFRASTRUCTURE,
+            "lost node2: Task launch for StepId=4.0 failed on node node2: Communication connection failure",
+        ),
+    ],
+)
+def test_what_srun_says_of_a_node(
+    stub: Stub, said: str, came_up: bool, returncode: int, code: ExitCode, message: str
+) -> None:
+    attempt = stub.attempt()
+    rundir.write_json(attempt.hosts, [{"name": "node1", "slots": 1}, {"name": "node2", "slots": 1}])
+    record = {"host": "node", "returncode": None, "killed": None, "asked": None}
+    for k in range(2):
+        attempt.srun_log(k).write_text("srun: cluster configuration lacks support for cpu binding\n")
+        if k == 0 or came_up:
+            rundir.write_json(attempt.node(k), {**record, "node_rank": k})
+    attempt.srun_log(1).write_text(f"{said}\nsrun: Job step aborted: Waiting up to 7 seconds\n")
+    assert failure.conclude(attempt, [1, returncode], [1, 0]) == code
+    assert rundir.read_json(attempt.failure)["message"] == message
+
+
+def test_a_job_comes_again_where_the_run_is_still_in_use(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub.run.root.mkdir(parents=True)
+    monkeypatch.setattr(jobs.LockInJob, "PATIENCE_S", 0.1)
+    with (
+        RunLock(stub.run, "the life before"),
+        pytest.raises(InfrastructureError, match="in use by `the life before`"),
+        jobs.LockInJob(stub.run, "this life"),
+    ):
+        pass
