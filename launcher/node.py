@@ -167,6 +167,7 @@ class Node:
             print(error.render(), file=sys.stderr)
             message, hint = map(redact.current.text, (error.message, error.hint))
             self.record["error"] = {"message": message, "hint": hint, "code": int(error.exit_code)}
+            redact.finish_output()
             self._write_record(returncode=1)
             return 1
         self._write_record(returncode=None)

@@ -97,6 +97,16 @@ def test_resume_reads_them_anew(keeping: Stub) -> None:
     assert variables["HF_TOKEN"] == f"sha256:{sha256('another value')}"
 
 
+def test_a_resume_without_them_makes_no_attempt(keeping: Stub) -> None:
+    keeping.behave("kill 0.2", "train")
+    keeping.speechctl("launch", "stub.yaml")
+    (keeping.root / "key").unlink()
+    done = keeping.speechctl("resume", "runs/stub")
+    assert done.returncode == ExitCode.PREFLIGHT
+    assert f"error: the secret DEPLOY: {keeping.root}/key cannot be read: No such file" in done.stderr
+    assert len(keeping.run.attempts()) == 1
+
+
 @pytest.mark.parametrize(("present", "file"), [(False, "600"), (True, "644")])
 def test_what_cannot_be_had_is_named_before_anything_is_made(keeping: Stub, present: bool, file: str) -> None:
     (keeping.root / "key").chmod(int(file, 8))
