@@ -58,18 +58,21 @@ exec "$(cat "$attempt/interpreter")" -m launcher.node "$attempt" "$1"
 
 
 def torchrun_argv(
-    python: str, hosts: Sequence[Host], node_rank: int, meeting: dict[str, Any], attempt: Path
+    python: str, hosts: Sequence[Host], node_rank: int, meeting: dict[str, Any], attempt: Path, listening: int | None
 ) -> list[str]:
-    """torchrun with a static rendezvous and no restarts: a dynamic one runs the code of whoever reaches its port."""
+    """torchrun with a static rendezvous and no restarts: a dynamic one runs the code of whoever reaches its port.
+
+    Args:
+        listening: on the head node, the socket that the others connect to; inherited.
+    """
     return [
         *(python, "-m", "torch.distributed.run"),
         f"--nnodes={len(hosts)}",
-        f"--node-rank={node_rank}",
         f"--nproc-per-node={hosts[node_rank].slots}",
-        "--rdzv-backend=static",
+        "--rdzv-backend=speechctl",  # launcher/worker/meeting.py
         f"--rdzv-id={meeting['id']}",
-        f"--master-addr={meeting['address']}",
-        f"--master-port={meeting['port']}",
+        f"--rdzv-endpoint={meeting['address']}:{meeting['port']}",
+        f"--rdzv-conf=rank={node_rank}" + ("" if listening is None else f",listening={listening}"),
         "--max-restarts=0",
         f"--log-dir={attempt / 'logs' / 'torchrun'}",  # or it leaves an empty directory in /tmp at every start
         *("-m", WORKER, "train", str(attempt)),
@@ -95,6 +98,8 @@ class Node:
         self.vitals = Vitals(attempt, node_rank, self.hosts)
         self.record: dict[str, Any] = {"node_rank": node_rank, "host": socket.gethostname(), "pid": os.getpid()}
         self.stdin_is_open = True
+        self.listening: int | None = None
+        """The head node's socket, open from the moment in which its port is chosen: nobody else can take that."""
 
     def meet(self) -> dict[str, Any]:
         """Where the ranks find each other: picked and published by the head node, awaited by the others.
@@ -105,9 +110,11 @@ class Node:
         if self.node_rank == 0:
             address = self.env["address"] or head_address(self.hosts)
             try:
-                with socket.socket(_family(address)) as free:
-                    free.bind((address, 0))
-                    port = free.getsockname()[1]
+                with socket.socket(_family(address)) as door:
+                    door.bind((address, 0))
+                    door.listen(socket.SOMAXCONN)
+                    port = door.getsockname()[1]
+                    self.listening = door.detach()
             except OSError as error:
                 raise HostError(
                     f"{self.host.name} cannot listen at {address}: {error.strerror}",
@@ -163,13 +170,14 @@ class Node:
             redact.use(secrets.values())
             redact.filter_output()
             meeting = self.meet()
-            argv = torchrun_argv(sys.executable, self.hosts, self.node_rank, meeting, self.attempt.root)
+            argv = torchrun_argv(sys.executable, self.hosts, self.node_rank, meeting, self.attempt.root, self.listening)
             argv += ["--fresh"] * self.env["fresh"]
             variables = self.variables(meeting) | secret.variables(secrets)
         except SpeechctlError as error:
             print(error.render(), file=sys.stderr)
             message, hint = map(redact.current.text, (error.message, error.hint))
             self.record["error"] = {"message": message, "hint": hint, "code": int(error.exit_code)}
+            redact.finish_output()
             self._write_record(returncode=1)
             return 1
         self._write_record(returncode=None)
@@ -180,7 +188,10 @@ class Node:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=die_with_parent,
+            pass_fds=() if self.listening is None else (self.listening,),
         )
+        if self.listening is not None:
+            os.close(self.listening)  # with torchrun it is gone
         returncode = self._watch(torchrun)
         kill_family()  # whatever outlived torchrun
         redact.finish_output()

@@ -136,10 +136,15 @@ says so at once and for certain, and a launcher that was only suspended may go o
 
 
 def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Attempt:
-    """The attempt's directory with everything its nodes need. The caller holds the run's lock."""
+    """The attempt's directory with everything its nodes need. The caller holds the run's lock.
+
+    Raises:
+        PreflightError: a secret cannot be had; nothing was made.
+    """
+    secrets, slots = environment.secrets(launch), max(h.slots for h in plan.hosts)
+    secret.read(secrets)
     ownership.only_we_write()
     attempt = run.new_attempt()
-    secrets, slots = environment.secrets(launch), max(h.slots for h in plan.hosts)
     env = {
         "variables": environment.rank_variables(plan.backend, slots, launch.device, secrets),
         "secrets": secrets,  # where they come from

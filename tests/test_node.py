@@ -28,17 +28,16 @@ from tests.conftest import Stub, gone, wait_until
 def test_torchrun_is_told_everything_by_arguments_that_hold_no_value_of_the_recipe() -> None:
     hosts = [Host("a", 4), Host("b", 3)]
     meeting = {"address": "10.0.0.1", "port": 29500, "id": "0f"}
-    assert torchrun_argv("/usr/bin/python3", hosts, 1, meeting, Path("/runs/x/attempts/0003")) == [
+    assert torchrun_argv("/usr/bin/python3", hosts, 1, meeting, Path("/runs/x/attempts/0003"), None) == [
         "/usr/bin/python3",
         "-m",
         "torch.distributed.run",
         "--nnodes=2",
-        "--node-rank=1",
         "--nproc-per-node=3",
-        "--rdzv-backend=static",
+        "--rdzv-backend=speechctl",
         "--rdzv-id=0f",
-        "--master-addr=10.0.0.1",
-        "--master-port=29500",
+        "--rdzv-endpoint=10.0.0.1:29500",
+        "--rdzv-conf=rank=1",
         "--max-restarts=0",
         "--log-dir=/runs/x/attempts/0003/logs/torchrun",
         "-m",
@@ -73,7 +72,8 @@ def test_torchrun_gets_the_variables_of_the_attempt_and_no_others(stub: Stub) ->
     seen = rundir.read_json(attempt.root / "torchrun.json")
     meeting = rundir.read_json(attempt.rendezvous)
     hosts = [Host.from_json(h) for h in rundir.read_json(attempt.hosts)]
-    assert seen["argv"] == torchrun_argv(sys.executable, hosts, 0, meeting, attempt.root)
+    listening = int(next(word for word in seen["argv"] if word.startswith("--rdzv-conf")).partition("listening=")[2])
+    assert seen["argv"] == torchrun_argv(sys.executable, hosts, 0, meeting, attempt.root, listening)
     assert seen["cwd"] == str(attempt.root)
     marks = {VARIABLE: seen["variables"].get(VARIABLE, "")}
     assert re.fullmatch(rf"/proc/{process.pid}/fd/\d+", marks[VARIABLE])

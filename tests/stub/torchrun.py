@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     for name in filter(None, variables.get("SPEECHCTL_SECRETS", "").split(",")):
         variables[name] = f"sha256:{hashlib.sha256(os.fsencode(variables[name])).hexdigest()}"
     record = {"argv": sys.orig_argv, "variables": variables, "cwd": os.getcwd(), "pid": os.getpid()}
-    node_rank = value(argv, "node-rank")
+    node_rank = value(argv, "rdzv-conf=rank")
     name = f"torchrun-{node_rank}.json" if node_rank else "torchrun.json"
     (attempt / f".{name}").write_text(json.dumps(record))
     (attempt / f".{name}").rename(attempt / name)
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
 
 
 def value(argv: list[str], option: str) -> int:
-    return int(next(a for a in argv if a.startswith(f"--{option}=")).partition("=")[2])
+    word = next(a for a in argv if a.startswith(f"--{option}="))
+    return int(word.removeprefix(f"--{option}=").partition(",")[0])
 
 
 def start(rank: int, local_rank: int, world: int, behaviour: str, attempt: Path) -> subprocess.Popen[bytes]:
