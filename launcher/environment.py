@@ -94,19 +94,23 @@ def machines(recipe: Recipe) -> list[Host]:
         UsageError: the hostfile cannot be used, or the run's path cannot be named in a remote shell as it is.
         PreflightError: as `check`.
     """
+    found = named(recipe)
+    # Of the hosts in a hostfile this machine is none; each node looks for itself.
+    check(recipe, found, gpu_count(recipe.launch.device) if recipe.launch.hostfile is None else 0)
+    return found
+
+
+def named(recipe: Recipe) -> list[Host]:
+    """The hosts that the recipe means, as they are named. Raises UsageError as `machines`."""
     launch = recipe.launch
     if launch.hostfile is None:
-        gpus = gpu_count(launch.device)
-        found = hosts.local(launch.processes, gpus)
-    else:
-        gpus = 0  # of this machine, which is not one of them; each node looks for itself
-        found = hosts.select(hosts.load_hostfile(launch.hostfile), launch.include, launch.exclude)
-        if not re.fullmatch(r"[A-Za-z0-9/._@%+=:,-]+", str(recipe.run_path)):
-            raise UsageError(
-                f"over ssh a run's path has letters, digits and /._@%+=:,- only, and this one is {recipe.run_path}",
-                hint="--set run_dir=… somewhere else, where all hosts see it at the same path",
-            )
-    check(recipe, found, gpus)
+        return hosts.local(launch.processes, gpu_count(launch.device))
+    found = hosts.select(hosts.load_hostfile(launch.hostfile), launch.include, launch.exclude)
+    if not re.fullmatch(r"[A-Za-z0-9/._@%+=:,-]+", str(recipe.run_path)):
+        raise UsageError(
+            f"over ssh a run's path has letters, digits and /._@%+=:,- only, and this one is {recipe.run_path}",
+            hint="--set run_dir=… somewhere else, where all hosts see it at the same path",
+        )
     return found
 
 
