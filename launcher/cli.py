@@ -232,6 +232,7 @@ def launch(
     something under the run died (resume), 77 out of memory.
     """
     from launcher import new_run, ui
+    from launcher.prepare import run as preflight
     from launcher.rundir import Run, RunLock
 
     if debug:
@@ -245,6 +246,7 @@ def launch(
         if dry_run:
             ui.plan(made)
             return
+        preflight.before_launch(value, made.hosts)
         new_run.create(run, recipe, path, made, facts)
     steps, ranks = ui.counted(made.max_steps, "step"), ui.counted(made.world_size, "rank")
     ui.say(f"{made.name}: {steps} on {ranks}, in {run.root}")
@@ -273,6 +275,7 @@ def resume(
     from launcher import environment, new_run, recipe_file, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
+    from launcher.prepare import run as preflight
     from launcher.rundir import Run, RunLock
 
     where = Run(run)
@@ -298,6 +301,7 @@ def resume(
                 hint="resume where as many GPUs can be used; another number of ranks cannot take over a run yet",
             )
         made = dataclasses.replace(made, hosts=machines)  # another host may have taken the place of one that died
+        preflight.before_launch(value, machines)
         _attempt(where, value, made, fresh=fresh, debug=debug)
 
 

@@ -144,6 +144,8 @@ def prepared(result: Result) -> None:
     answer("")
     for line in result.mended:
         answer(f"--fix: {line}")
+    if (total := next((c for c in checks if c.name == "all-reduce" and c.verdict == "ok"), None)) is not None:
+        answer(f"all-reduce over {counted(len(seen), 'host')}: {total.found}")
     for way, at in ways.items():
         answer(f"proposed, not set: {way} ({several(at)})")
     if result.found.sizes_unknown:

@@ -279,8 +279,8 @@ def _sizes(there: dict[str, int], usual: dict[str, int]) -> str:
 
 
 def _all_reduce(found: Findings) -> Iterator[Check]:
-    value, hosts_ = found.all_reduce, found.needs.machines
-    if len(hosts_) == 1:
+    value, count = found.all_reduce, len(found.needs.machines)
+    if value is None:
         return
     if value.not_tried is not None:
         for s in found.reached:
@@ -291,6 +291,6 @@ def _all_reduce(found: Findings) -> Iterator[Check]:
             hint = "the message is torch's; NCCL_DEBUG=INFO, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, may help"
             yield Check("all-reduce", s.name, "fail", problem, "a sum over all hosts", hint)
         elif not value.problems:
-            rate = 2 * (len(hosts_) - 1) / len(hosts_) * value.bytes / value.seconds
+            rate = 2 * (count - 1) / count * value.bytes / value.seconds
             what = f"{value.backend}: {value.seconds * 1000:.1f} ms for {gib(value.bytes)}, {rate * 8 / 1e9:.1f} Gbit/s"
             yield Check("all-reduce", s.name, "ok", f"{what}; met in {value.meeting_s:.1f} s")

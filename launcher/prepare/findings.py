@@ -119,7 +119,7 @@ class Findings:
     checkpoint_bytes: int | None = None
     sizes_unknown: str | None = None
     """Why they are None."""
-    all_reduce: AllReduce = field(default_factory=AllReduce)
+    all_reduce: AllReduce | None = None
 
     @property
     def reached(self) -> list[Seen]:

@@ -156,10 +156,10 @@ def before_launch(recipe: Recipe, machines: Sequence[Host]) -> None:
         return
     with Crew(needs_of(recipe, machines), session.ssh_argv) as crew:
         found = crew.look(QUICK, between=False)
-    hosts.same_machine({s.name: s.value("system")["machine_id"] for s in found.reached if s.value("system")})
-    red = [c for c in judge(found) if c.verdict == "fail" and c.name in QUICKLY]
-    if not red:
-        return
-    text = "\n".join(f"{c.host}: {c.name}: {c.found}" for c in red)
-    lost = any(s.trouble is not None for s in found.seen)
-    raise (HostError if lost else PreflightError)(text, hint=red[0].hint)
+    if lost := [s for s in found.seen if s.trouble is not None]:
+        text = "\n".join(f"cannot start a node on {s.name}: {s.words}" for s in lost)
+        raise HostError(text, hint=lost[0].trouble.hint if lost[0].trouble else "")
+    hosts.same_machine({s.name: s.value("system")["machine_id"] for s in found.seen if s.value("system")})
+    if red := [c for c in judge(found) if c.verdict == "fail" and c.name in QUICKLY]:
+        text = "\n".join(f"{c.host}: {c.name}: {c.found}, expected {c.expected}" for c in red)
+        raise PreflightError(text, hint=f"{red[0].hint}; `speechctl prepare RECIPE` looks at everything")
