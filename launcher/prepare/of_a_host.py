@@ -126,14 +126,15 @@ def _limits(seen: Seen) -> Iterator[Check]:
     if (value := seen.value("limits")) is None:
         return
     soft, slots = value["soft"], seen.host.slots
-    least = {"open files": 256 + 128 * slots, "processes": 256 * slots, "stack": 2**20}
+    least = {"open files": 1024, "processes": 256 * slots, "stack": 2**20}
+    expected = ", ".join(f"{n} {v}" for n, v in least.items())
     low = [f"{n}: {soft[n]}" for n, wanted in least.items() if soft[n] is not None and soft[n] < wanted]
     if value["infiniband"] and soft["locked memory"] is not None:
         low.append(f"locked memory: {gib(soft['locked memory'])}, and InfiniBand needs it unlimited")
     found = ", ".join(f"{n} {'unlimited' if v is None else v}" for n, v in soft.items())
     if low:
         hint = f"raise it in /etc/security/limits.conf on {seen.name}, then log in anew; it is the limit of this way in"
-        yield Check("limits", seen.name, "fail", several(low), str(least), hint)
+        yield Check("limits", seen.name, "fail", several(low), f"at least {expected}", hint)
     else:
         yield Check("limits", seen.name, "ok", found)
 
