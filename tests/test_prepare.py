@@ -117,6 +117,11 @@ def other_environment(found: Findings, k: int, **changes: Any) -> None:
     found.seen[k - 1].facts["environment"] = {"value": {**ENVIRONMENT, **changes}}
 
 
+def all_clocks(found: Findings) -> None:
+    for seen in found.seen:
+        seen.clock = (-3.0, 0.0004)
+
+
 def slow_reverse(found: Findings) -> None:
     value(found, 2, "names")[0]["reverse_s"] = 7.0
 
@@ -146,7 +151,7 @@ PLANTED: dict[str, tuple[Plant, str, str, Verdict, str, str]] = {
         *(lambda f: setattr(f.seen[1], "clock", (3.002, 0.0004)), "clock", "gpu-2", "fail", "3.0 s ahead", "chrony"),
     ),
     "this machine's own clock": (
-        *(lambda f: [setattr(s, "clock", (-3.0, 0.0004)) for s in f.seen], "clock", "this machine", "warn"),
+        *(all_clocks, "clock", "this machine", "warn"),
         *("3.0 s ahead", "set the clock of this machine"),
     ),
     "full /dev/shm": (
@@ -362,9 +367,9 @@ def test_what_ssh_says_is_told_apart(said: str, kind: str, hint: str) -> None:
 def needs_here(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     (tmp_path / "runs").mkdir(exist_ok=True)
     machines = (Host("localhost", 1),)
+    plain = dataclasses.replace(NEEDS, machines=machines, interpreter=sys.executable, packs=(), source=None)
     paths = {"run": str(tmp_path / "runs" / "a"), "builds": str(tmp_path / "builds")}
-    plain = dataclasses.replace(NEEDS, machines=machines, interpreter=sys.executable, packs=(), source=None, **paths)
-    return {**plain.for_host(0), **changes}
+    return {**plain.for_host(0), **paths, **changes}
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def _environments(found: Findings) -> Iterator[Check]:
     for n in whole:
         if n in odd:
             hint = f"install the same there: --fix does, or `uv pip install` what differs into {whole[n]['prefix']}"
-            yield Check("packages", n, "fail", _difference(dict(versions[n]), dict(most)), "as the others", hint)
+            yield Check("packages", n, "fail", _difference(dict(versions[n]), dict(most)), "", hint)
         elif n != THIS_MACHINE:
             yield Check("packages", n, "ok", f"{len(versions[n])} packages, as the others")
     codes = {n: str(v["code"]) for n, v in whole.items()}
@@ -145,7 +145,7 @@ def _limits(found: Findings) -> Iterator[Check]:
     for n in odd:
         rows = [f"{k} {_limit(v)}, the others {_limit(dict(usual)[k])}" for k, v in values[n] if dict(usual)[k] != v]
         hint = f"make /etc/security/limits.conf on {n} as on the others, and log in anew"
-        yield Check("limits", n, "warn", several(rows), "as the others", hint)
+        yield Check("limits", n, "warn", several(rows), "", hint)
 
 
 def _limit(value: int | None) -> str:
@@ -268,7 +268,7 @@ def _data(found: Findings) -> Iterator[Check]:
             yield Check("backbone", n, "fail", f"{v['missing']} is not there", "the backbone", hint)
         elif n in odd:
             hint = f"copy the backbone to {n} anew"
-            yield Check("backbone", n, "fail", _sizes(dict(usual_sizes[n]), dict(usual)), "as the others", hint)
+            yield Check("backbone", n, "fail", _sizes(dict(usual_sizes[n]), dict(usual)), "", hint)
         elif not v["problems"]:
             yield Check("backbone", n, "ok", f"{v['folder']}: {gib(sum(v['sizes'].values()))}")
 

@@ -18,7 +18,7 @@ from launcher.backends import ssh
 from launcher.hosts import Host
 from launcher.node import WORKER
 from launcher.prepare.findings import AllReduce, Findings, Needs, Seen
-from launcher.prepare.session import Session, Unanswered, here_argv
+from launcher.prepare.session import Session, Silent, Unanswered, here_argv
 from launcher.probe.facts import FACTS
 from launcher.recipe import Recipe, TinyCtc
 from launcher.rundir import Run
@@ -112,12 +112,12 @@ class Crew:
                 seen.clock = session.clock(until)
             timeout_s = max(1.0, min(FACTS_S, until - time.monotonic() - 0.5))
             seen.facts = session.ask("facts", until + 1, names=list(names), needs=needs, timeout_s=timeout_s)
-        except Unanswered as error:
-            seen.trouble = ssh.trouble(session.said(), seen.host)
+        except Silent as error:
             seen.words = str(error)
-            if "no answer in" in seen.words:
-                hint = ssh.trouble("timed out", seen.host).hint
-                seen.trouble = ssh.Trouble("no answer", "", hint)
+            seen.trouble = ssh.trouble("timed out", seen.host)._replace(what="no answer")
+        except Unanswered as error:
+            seen.words = str(error)
+            seen.trouble = ssh.trouble(session.said(), seen.host)
 
     def _share(self, until: float) -> None:
         """The head writes a file where the run will be; all others read it."""

@@ -161,5 +161,7 @@ def before_launch(recipe: Recipe, machines: Sequence[Host]) -> None:
         raise HostError(text, hint=lost[0].trouble.hint if lost[0].trouble else "")
     hosts.same_machine({s.name: s.value("system")["machine_id"] for s in found.seen if s.value("system")})
     if red := [c for c in judge(found) if c.verdict == "fail" and c.name in QUICKLY]:
-        text = "\n".join(f"{c.host}: {c.name}: {c.found}, expected {c.expected}" for c in red)
+        text = "\n".join(
+            f"{c.host}: {c.name}: {c.found}" + (f", expected {c.expected}" if c.expected else "") for c in red
+        )
         raise PreflightError(text, hint=f"{red[0].hint}; `speechctl prepare RECIPE` looks at everything")

@@ -56,6 +56,13 @@ class Unanswered(Exception):
     """No answer, or one that says what went wrong. Its text is for people."""
 
 
+class Silent(Unanswered):
+    """Not in time."""
+
+    def __init__(self, began: float) -> None:
+        super().__init__(f"nothing was heard in {time.monotonic() - began:.0f} s")
+
+
 class Session:
     """One probe. Used by one thread at a time."""
 
@@ -133,7 +140,7 @@ class Session:
         while data:
             _, writable, _ = select.select([], [fd], [], max(0.0, until - time.monotonic()))
             if not writable:
-                raise Unanswered(f"no answer in {time.monotonic() - self.began:.0f} s")
+                raise Silent(self.began)
             try:
                 data = data[os.write(fd, data) :]
             except BlockingIOError:
@@ -158,7 +165,7 @@ class Session:
                 continue
             readable, _, _ = select.select([fd], [], [], max(0.0, until - time.monotonic()))
             if not readable:
-                raise Unanswered(f"no answer in {time.monotonic() - self.began:.0f} s")
+                raise Silent(self.began)
             piece = os.read(fd, 65536)
             if not piece:
                 raise Unanswered(self._ended(until))

@@ -56,5 +56,8 @@ socket.gethostname = lambda: host["name"]
 socket.getnameinfo = its_nameinfo
 subprocess.Popen = its_popen  # type: ignore[assignment, misc]
 if "address" in host:
-    socket.getaddrinfo = lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host["address"], 0))]
+    # `socket.create_connection` comes by here too, with an address and a port.
+    socket.getaddrinfo = lambda _, port, *__, **___: [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host["address"], port or 0))
+    ]
 exec(sys.argv[2])  # noqa: S102
