@@ -129,7 +129,8 @@ def prepared(result: Result) -> None:
     groups: dict[tuple[str, ...], list[Check]] = {}
     for check in (c for c in checks if c.verdict in ("warn", "fail", "unknown")):
         # What is wrong with many hosts in the same way is said once.
-        texts = (text.replace(check.host, "…") for text in (check.found, check.expected, check.hint))
+        own = check.host if check.hint else "\0"  # a reason without a hint names the host that it means
+        texts = (text.replace(own, "…") for text in (check.found, check.expected, check.hint))
         groups.setdefault((check.verdict, check.name, *texts), []).append(check)
     for group in sorted(groups.values(), key=lambda g: -SEVERITY.index(g[0].verdict)):
         first, names = group[0], several([c.host for c in group])

@@ -19,7 +19,7 @@ from launcher.plan import Plan
 from launcher.prepare import session
 from launcher.prepare.allocation import allocation
 from launcher.prepare.between_hosts import proposals
-from launcher.prepare.checks import Check
+from launcher.prepare.checks import COLUMNS, Check
 from launcher.prepare.findings import AllReduce, Findings
 from launcher.prepare.judge import judge
 from launcher.prepare.look import Crew, needs_of
@@ -29,7 +29,7 @@ from launcher.recipe import Recipe
 Sizes = Callable[[], Plan]
 """Works out the plan, for the sizes in it; raises SpeechctlError where it cannot."""
 
-NEEDED_FOR_A_SUM = ("interpreter", "python", "packages", "code", "interface", "ports", "look-up")
+NEEDED_FOR_A_SUM = (*COLUMNS["python"], *COLUMNS["net"], "look-up", "shared directory")
 
 
 @dataclass
@@ -132,17 +132,7 @@ def planned_sizes(path: Path, recipe: Recipe, machines: Sequence[Host]) -> Sizes
 # Before a launch -----------------------------------------------------------------------------------------------------
 
 QUICK = ("system", "environment", "disk")
-QUICKLY = (
-    "reachable",
-    "host key",
-    "machine",
-    "interpreter",
-    "python",
-    "packages",
-    "code",
-    "writable",
-    "shared directory",
-)
+QUICKLY = (*COLUMNS["reach"], *COLUMNS["python"], "writable", "shared directory")
 
 
 def before_launch(recipe: Recipe, machines: Sequence[Host]) -> None:

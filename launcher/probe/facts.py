@@ -217,7 +217,8 @@ def backbone(needs: dict[str, Any], until: float) -> dict[str, Any] | None:
     if source is None:
         return None
     folder = source if os.path.isabs(source) else _snapshot(source, needs)
-    if not os.path.isdir(folder):
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if not any(os.path.lexists(os.path.join(folder, name)) for name in weights):
         return {"missing": folder}
     paths = [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if not n.startswith(".")]
     found = [(p, machine.unreadable(p)) for p in paths if not os.path.isdir(p)]

@@ -61,6 +61,10 @@ def over(source: Path, target: Path | str) -> tuple[str, ...]:
     return ("mount", "--bind", str(source), str(target), "|", "umount", str(target))
 
 
+def tmpfs(where: str, options: str = "size=1m") -> tuple[str, ...]:
+    return ("mount", "-t", "tmpfs", "-o", options, "tmpfs", where, "|", "umount", where)
+
+
 def changed(folder: Path, path: Path, old: str, new: str) -> Path:
     """A copy of a file that differs."""
     text = path.read_text()
@@ -110,9 +114,8 @@ def test_what_is_planted_is_named(three: Stub, cluster: Cluster, golden: Golden,
     with (
         planted(cluster, "node1", over(package, info), over(code, nodelist)),
         planted(cluster, "node1", ("iptables", "-A", *reject, "|", "iptables", "-D", *reject)),
-        planted(
-            cluster, "node2", ("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm", "|", "umount", "/dev/shm")
-        ),
+        planted(cluster, "node2", tmpfs("/dev/shm", "size=70m")),
+        planted(cluster, "node2", ("fallocate", "-l", "70m", "/dev/shm/full", "|", "true")),
         planted(cluster, "node2", over(dns, "/etc/nsswitch.conf"), over(resolver, "/etc/resolv.conf")),
         planted(cluster, "node3", over(empty_file, shard), over(python, first)),
     ):
@@ -154,7 +157,7 @@ def test_a_host_that_was_cut_off_is_told_from_one_whose_key_changed(three: Stub,
 
 
 def test_a_run_directory_that_is_not_shared_is_named(three: Stub, cluster: Cluster) -> None:
-    with planted(cluster, "node3", ("mount", "-t", "tmpfs", "tmpfs", str(three.root), "|", "umount", str(three.root))):
+    with planted(cluster, "node3", tmpfs(str(three.root))):
         done = three.speechctl("prepare", "stub.yaml", "--json")
     checks = json.loads(done.stdout)["checks"]
     assert [(c["host"], c["verdict"]) for c in checks if c["name"] == "shared directory"] == [
