@@ -178,6 +178,51 @@ def pack(
 
 
 @app.command()
+def prepare(
+    recipe: RecipePath,
+    hosts: Annotated[
+        list[str], typer.Argument(metavar="[HOST]...", help="For --write-hostfile: lines of it.", show_default=False)
+    ] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what is safe to mend, and look again.")] = False,
+    write_hostfile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a hostfile of the HOSTs, or of SLURM's nodes, and stop.")
+    ] = None,
+    from_slurm: Annotated[
+        bool, typer.Option("--from-slurm", help="For --write-hostfile: the nodes of this job, or of the partition.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every host for what a recipe needs: one table, and a hint for each red cell.
+
+    Nothing is changed without --fix. That removes stale shared memory and processes of this run that nobody looks
+    after, makes the run's parent directory, fetches the backbone once, and installs or updates the environment on hosts
+    where it is missing or differs. Network interfaces are proposed and never set.
+
+    Exit codes: 0 ready (perhaps with warnings), 3 a host cannot be reached, 4 something is red.
+    """
+    from launcher import ui
+    from launcher.errors import UsageError
+    from launcher.prepare import new_hostfile, run
+
+    with _resolved(recipe, overrides) as (value, path):
+        if write_hostfile is None and (hosts or from_slurm):
+            raise UsageError("HOSTs and --from-slurm say what to write", hint="add --write-hostfile FILE")
+        if write_hostfile is not None:
+            if bool(hosts) == from_slurm:
+                raise UsageError("--write-hostfile takes HOSTs or --from-slurm", hint="name one of the two")
+            found = new_hostfile.from_slurm(value) if from_slurm else new_hostfile.from_list(value, hosts)
+            ui.answer(new_hostfile.write(write_hostfile, found).rstrip())
+            return
+        result = run.prepare(value, path, fix=fix)
+    if as_json:
+        ui.answer(json.dumps(result.to_json(), indent=1))
+    else:
+        ui.prepared(result)
+    raise typer.Exit(result.code)
+
+
+@app.command()
 def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show what a launch would do: ranks, batches, steps, memory, commands. Starts and writes nothing."""
     from launcher import ui
@@ -227,6 +272,7 @@ def launch(
     something under the run died (resume), 77 out of memory, 78 no progress in several attempts (look into it first).
     """
     from launcher import environment, follow, new_run, redact, secret, ui
+    from launcher.prepare import run as preflight
     from launcher.rundir import Run, RunLock
 
     _refuse_both(debug, detach)
@@ -249,6 +295,7 @@ def launch(
         values = secret.read(environment.secrets(value.launch))
         redact.use(values.values())
         secret.refuse_in_recipe(values, recipe.read_text(errors="replace") + path.read_text())
+        preflight.before_launch(value, made.hosts)
         new_run.create(run, recipe, path, made, facts)
     if hold:
         ui.answer(str(run.root))
@@ -289,6 +336,7 @@ def resume(
     from launcher import environment, follow, jobs, new_run, ownership, recipe_file, redact, report, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
+    from launcher.prepare import run as preflight
     from launcher.rundir import Run, RunLock
 
     where = Run(run)
@@ -330,6 +378,7 @@ def resume(
                 hint="resume where as many GPUs can be used; another number of ranks cannot take over a run yet",
             )
         made = dataclasses.replace(made, hosts=machines)  # another host may have taken the place of one that died
+        preflight.before_launch(value, machines)
         _attempt(where, value, made, fresh=fresh, debug=debug)
 
 

@@ -119,25 +119,33 @@ def machines(recipe: Recipe, avoided: Collection[str] = ()) -> list[Host]:
         UsageError: the hostfile cannot be used, or the run's path cannot be named in a remote shell as it is.
         PreflightError: as `check`.
     """
+    found, launch = named(recipe, avoided), recipe.launch
+    gpus = 0  # of hosts in a hostfile, of which this machine is none: each node looks for itself
+    if launch.backend == "slurm" and launch.device != "cpu":
+        gpus = gpus_of_gres(launch.slurm.gres)
+    elif launch.backend == "local":
+        gpus = gpu_count(launch.device)
+    check(recipe, found, gpus)
+    return found
+
+
+def named(recipe: Recipe, avoided: Collection[str] = ()) -> list[Host]:
+    """The hosts that the recipe means, as they are named. Raises UsageError as `machines`."""
     launch = recipe.launch
     if launch.backend == "slurm":  # what they are called is known in the job
         assert launch.nodes != "auto", "the recipe's schema sees to that"
         gpus = 0 if launch.device == "cpu" else gpus_of_gres(launch.slurm.gres)
         slots = (gpus or 1) if launch.processes == "auto" else launch.processes
-        found = [Host(f"node-{k:03d}", slots) for k in range(launch.nodes)]
-    elif launch.hostfile is None:
-        gpus = gpu_count(launch.device)
-        found = hosts.local(launch.processes, gpus)
-    else:
-        gpus = 0  # of this machine, which is not one of them; each node looks for itself
-        found = hosts.select(hosts.load_hostfile(launch.hostfile), launch.include, launch.exclude)
-        if not re.fullmatch(r"[A-Za-z0-9/._@%+=:,-]+", str(recipe.run_path)):
-            raise UsageError(
-                f"over ssh a run's path has letters, digits and /._@%+=:,- only, and this one is {recipe.run_path}",
-                hint="--set run_dir=… somewhere else, where all hosts see it at the same path",
-            )
-        found = hosts.first(found, launch.nodes, avoided)
-    check(recipe, found, gpus)
+        return [Host(f"node-{k:03d}", slots) for k in range(launch.nodes)]
+    if launch.hostfile is None:
+        return hosts.local(launch.processes, gpu_count(launch.device))
+    found = hosts.select(hosts.load_hostfile(launch.hostfile), launch.include, launch.exclude)
+    if not re.fullmatch(r"[A-Za-z0-9/._@%+=:,-]+", str(recipe.run_path)):
+        raise UsageError(
+            f"over ssh a run's path has letters, digits and /._@%+=:,- only, and this one is {recipe.run_path}",
+            hint="--set run_dir=… somewhere else, where all hosts see it at the same path",
+        )
+    found = hosts.first(found, launch.nodes, avoided)
     return found
 
 

@@ -35,11 +35,11 @@ Tell = Callable[[dict[str, Any]], None]
 # The worker in one process -------------------------------------------------------------------------------------------
 
 
-def ask_worker(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run one verb of the worker here; its answer is caught, its progress and errors go to our stderr."""
+def ask_worker(arguments: list[str], stderr: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one verb of the worker here; its answer is caught, its progress and errors go to our stderr unless told."""
     env = {**os.environ, **environment.base_variables(1)}
     command = [sys.executable, "-m", WORKER, *arguments]
-    return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
 
 
 # Attempt after attempt -----------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ from rich.text import Text
 from launcher import report as reports
 from launcher.errors import ExitCode, printable
 from launcher.plan import Plan
+from launcher.prepare.between_hosts import proposals
+from launcher.prepare.checks import COLUMNS, SEVERITY, Check, cell, several
+from launcher.prepare.run import Result
 from launcher.report import Node, Report, Start, span
 from launcher.rundir import Run
 from launcher.why import VERDICTS, Diagnosis
@@ -140,6 +143,48 @@ def commands(value: Plan) -> list[tuple[str, str]]:
             same += 1
         rows.append((f"node {k}", ("… " if same else "") + shlex.join(command[same:])))
     return rows
+
+
+CELLS = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "?", None: "-"}
+
+
+def prepared(result: Result) -> None:
+    """The table by host, then a sentence for each cell that is not in order, then what might be set."""
+    checks, seen = result.checks, result.found.seen
+    columns = [c for c, names in COLUMNS.items() if any(check.name in names for check in checks)]
+    width = max(len(s.name) for s in seen) + 2
+    answer(f"{'':<{width}}{''.join(f'{c:<8}' for c in columns)}")
+    for s in seen:
+        row = {c: cell(checks, s.name, c) for c in columns}
+        words = [f"{s.reached_s:.1f} s" if (c, v) == ("reach", "ok") else CELLS[v] for c, v in row.items()]
+        answer(f"{s.name:<{width}}{''.join(f'{w:<8}' for w in words)}", style="red" if "fail" in row.values() else "")
+    groups: dict[tuple[str, ...], list[Check]] = {}
+    for check in (c for c in checks if c.verdict in ("warn", "fail", "unknown")):
+        # What is wrong with many hosts in the same way is said once.
+        own = check.host if check.hint else "\0"  # a reason without a hint names the host that it means
+        texts = (text.replace(own, "…") for text in (check.found, check.expected, check.hint))
+        groups.setdefault((check.verdict, check.name, *texts), []).append(check)
+    for group in sorted(groups.values(), key=lambda g: -SEVERITY.index(g[0].verdict)):
+        first, names = group[0], several([c.host for c in group])
+        wanted = f" (expected: {first.expected})" if first.expected else ""
+        text = f"\n{CELLS[first.verdict]:<5}{names}: {first.name}: {first.found}{wanted}"
+        answer(text, style="red" if first.verdict == "fail" else "")
+        if first.hint:
+            answer(f"     hint: {first.hint}")
+    ways: dict[str, list[str]] = {}
+    for name, way in proposals(result.found).items():
+        ways.setdefault(way, []).append(name)
+    answer("")
+    for line in result.mended:
+        answer(f"--fix: {line}")
+    if (total := next((c for c in checks if c.name == "all-reduce" and c.verdict == "ok"), None)) is not None:
+        answer(f"all-reduce over {counted(len(seen), 'host')}: {total.found}")
+    for way, at in ways.items():
+        answer(f"proposed, not set: {way} ({several(at)})")
+    if result.found.sizes_unknown:
+        answer(result.found.sizes_unknown)
+    red = len({c.host for c in checks if c.verdict == "fail"})
+    answer(f"{counted(len(seen), 'host')}: " + (f"{red} not ready" if red else "ready"))
 
 
 class Progress:

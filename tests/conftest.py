@@ -221,6 +221,15 @@ def stub(tmp_path: Path) -> Stub:
     return made
 
 
+def simulated_python(folder: Path) -> Path:
+    """A directory for PATH in which `python3` is that of a simulated host (tests/stub/host.py)."""
+    folder.mkdir()
+    script = folder / "python3"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "stub" / "host.py"} "$@"\n')
+    script.chmod(0o755)
+    return folder
+
+
 # Runs made by hand ----------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,22 @@ ORDER = (
     "hang",
     "supervise",
     "jobs",
+    "probe",
+    "probe.machine",
+    "probe.facts",
+    "probe.answers",
+    "prepare",
+    "prepare.session",
+    "prepare.findings",
+    "prepare.checks",
+    "prepare.of_a_host",
+    "prepare.between_hosts",
+    "prepare.judge",
+    "prepare.look",
+    "prepare.mend",
+    "prepare.allocation",
+    "prepare.new_hostfile",
+    "prepare.run",
     "ui",
     "follow",
     "cli",
@@ -126,6 +142,11 @@ def violations(modules: Mapping[str, str]) -> list[str]:
             broken += [f"{name} imports {other} of the control side" for other in sorted(control - CONTRACT)]
         elif name:
             broken += [f"{name} imports {other}" for other in sorted(below) if not comes_before(other, name)]
+        if name.startswith("probe"):
+            foreign = sorted(libraries - sys.stdlib_module_names - {"launcher"})
+            broken += [f"{name} imports {x}, which a bare host has not" for x in foreign]
+            outside = sorted(other for other in below if not other.startswith("probe"))
+            broken += [f"{name} imports {other}, which is not sent to a host" for other in outside]
         if source and not ast.get_docstring(ast.parse(source)):
             broken.append(f"{name} has no docstring")
     if found := cycle(modules):
@@ -185,6 +206,8 @@ def test_imports_point_one_way() -> None:
         ("worker.train", "from launcher import supervise", "worker.train imports supervise of the control side"),
         ("worker.train", "from launcher.worker import train2", "import cycle: worker.train2 -> worker.train -> worker"),
         ("hosts", "x = 1", "hosts has no docstring"),
+        ("probe.facts", "import psutil", "probe.facts imports psutil, which a bare host has not"),
+        ("probe.facts", "from launcher.hosts import Host", "probe.facts imports hosts, which is not sent"),
     ],
 )
 def test_each_rule_can_fail(name: str, source: str, complaint: str) -> None:
@@ -208,6 +231,12 @@ def test_the_worker_is_named_once_and_only_as_a_string() -> None:
     told = [(name, text) for name, text in places if "\n" not in text and text == WORKER]
     assert told == [("node", WORKER)]
     assert WORKER not in NODE_SCRIPT
+
+
+def test_the_probe_is_python_3_8() -> None:
+    for name, source in sources().items():
+        if name.startswith("probe"):
+            ast.parse(source, feature_version=(3, 8))
 
 
 HEAVY = {"torch", "deepspeed", "transformers", "streaming", "numpy", "accelerate"}

@@ -15,12 +15,15 @@ from launcher.errors import ExitCode, PreflightError, UsageError
 from launcher.hosts import Host
 from launcher.recipe_file import RecipeError
 from launcher.rundir import Attempt, Run
-from tests.conftest import RECIPE, Stub, gone
+from tests.conftest import RECIPE, Stub, gone, simulated_python
 
 FAKE = """\
 #!/usr/bin/env bash
-printf '%s\\n' "$@" >"$SSH_CALLS/$$"
 host="${@:$#-1:1}"
+case "${@:$#}" in
+"exec python3 -c "*) export STUB_HOST="{\\"name\\": \\"$host\\"}" PATH="$SSH_PYTHON:$PATH" ;;
+*) printf '%s\\n' "$@" >"$SSH_CALLS/$$" ;;
+esac
 if [ "$host" = "$SSH_REFUSED" ]; then
   echo "No ED25519 host key is known for $host and you have requested strict checking." >&2
   echo "Host key verification failed." >&2
@@ -46,7 +49,8 @@ def two_hosts(stub: Stub) -> Stub:
     fake = stub.root / "bin" / "ssh"
     fake.write_text(FAKE)
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    stub.env |= {"SSH_CALLS": str(stub.root / "calls"), "SSH_REFUSED": "", "SSH_LOST": ""}
+    python = simulated_python(stub.root / "python")
+    stub.env |= {"SSH_CALLS": str(stub.root / "calls"), "SSH_PYTHON": str(python), "SSH_REFUSED": "", "SSH_LOST": ""}
     stub.env["PATH"] = f"{fake.parent}:{stub.env['PATH']}"
     (stub.root / "hosts").write_text("alpha slots=1 address=127.0.0.1\ntrainer@beta slots=2 port=2222\ngamma slots=1\n")
     launch = "{backend: ssh, hostfile: hosts, exclude: [gamma], stop_grace: 2s, relaunch: {wait: 0.1s}}"

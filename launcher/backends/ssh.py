@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from typing import NamedTuple
 
 from launcher.errors import HostError
 from launcher.hosts import Host
@@ -35,20 +36,18 @@ FAILED = 255
 
 
 def argv(attempt: Attempt, node_rank: int, host: Host) -> list[str]:
+    return command_argv(host, f"bash {shlex.quote(str(attempt.node_script))} {node_rank}")
+
+
+def command_argv(host: Host, command: str) -> list[str]:
+    """
+    Args:
+        command: a fixed text. ssh hands it to a shell over there.
+    """
     options = [word for name, value in OPTIONS.items() for word in ("-o", f"{name}={value}")]
     login = ["-l", host.user] if host.user else []
     port = ["-p", str(host.port)] if host.port else []
-    # ssh joins what follows the host with blanks and hands it to a shell over there.
-    return [
-        "ssh",
-        "-T",
-        *options,
-        *login,
-        *port,
-        "--",
-        host.name,
-        f"bash {shlex.quote(str(attempt.node_script))} {node_rank}",
-    ]
+    return ["ssh", "-T", *options, *login, *port, "--", host.name, command]
 
 
 def start(attempt: Attempt, node_rank: int, host: Host) -> subprocess.Popen[bytes]:
@@ -72,29 +71,64 @@ def last_words(attempt: Attempt, node_rank: int) -> str:
     return said[-1] if said else "ssh said nothing"
 
 
-HINTS = (
-    (
-        "Host key verification failed|IDENTIFICATION HAS CHANGED",
-        "compare its key with what its owner says, then put it into known_hosts: `ssh {host}` asks once",
+class Trouble(NamedTuple):
+    """Why ssh did not get there."""
+
+    what: str
+    sign: str
+    """A pattern in what it, or the shell over there, said."""
+    hint: str
+
+
+TROUBLES = (
+    Trouble("unknown name", "Could not resolve", "give the name that `ssh` takes, or an IP address, in the hostfile"),
+    Trouble(
+        "changed host key",
+        "IDENTIFICATION HAS CHANGED",
+        "its key is not the one in known_hosts: ask its owner why; if that is right, `ssh-keygen -R {name}`, and"
+        " `ssh {login}` asks once",
     ),
-    ("Could not resolve", "give the name that `ssh` takes, or an IP address, in the hostfile"),
-    (
-        "Permission denied",
-        "have a key that it takes in ssh's agent or configuration, and the right user: `ssh {host} true`"
+    Trouble(
+        "unknown host key",
+        "Host key verification failed",
+        "compare its key with what its owner says, then put it into known_hosts: `ssh {login}` asks once",
+    ),
+    Trouble(
+        "no answer of sshd",
+        "banner exchange|kex_exchange_identification|Connection (reset|closed)",
+        "the machine is reached and its sshd does not answer: it is frozen, overloaded or full (MaxStartups)",
+    ),
+    Trouble("refused", "Connection refused", "start sshd on {name}, or give its port with port=… in the hostfile"),
+    Trouble(
+        "timed out",
+        "timed out|No route to host|is unreachable|not responding",
+        "look whether {name} is up and its address right, or leave it out: --set 'launch.exclude=[{name}]'",
+    ),
+    Trouble(
+        "not let in",
+        "Permission denied|Too many authentication failures",
+        "have a key that it takes in ssh's agent or configuration, and the right user: `ssh {login} true`"
         " must ask nothing",
     ),
-    (
+    Trouble("no python3", "python3: .*(not found|No such file)", "install python3 on {name}, 3.8 or newer"),
+    Trouble(
+        "no such path",
         "No such file|not found",
         "the run's directory and the environment of this command must be at the same path there",
     ),
 )
+UNKNOWN = Trouble("failed", "", "`ssh {login} true` must work, and ask nothing")
+
+
+def trouble(said: str, host: Host) -> Trouble:
+    """What kind of trouble ssh's words mean, with a hint for this host."""
+    login = f"{host.user}@{host.name}" if host.user else host.name
+    kind = next((t for t in TROUBLES if re.search(t.sign, said)), UNKNOWN)
+    return kind._replace(hint=kind.hint.format(name=host.name, login=login))
 
 
 def refusal(attempt: Attempt, node_rank: int, host: Host) -> HostError:
     """Why a node never came up."""
+    said = attempt.ssh_log(node_rank).read_text(errors="replace")
     words = last_words(attempt, node_rank)
-    login = f"{host.user}@{host.name}" if host.user else host.name
-    hint = next(
-        (hint for sign, hint in HINTS if re.search(sign, words)), "`ssh {host} true` must work, and ask nothing"
-    )
-    return HostError(f"cannot start a node on {host.name}: {words}", hint=hint.format(host=login))
+    return HostError(f"cannot start a node on {host.name}: {words}", hint=trouble(said, host).hint)

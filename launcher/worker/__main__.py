@@ -45,13 +45,23 @@ def main(arguments: list[str] | None = None) -> int:
     transcribe = verbs.add_parser("transcribe")
     transcribe.add_argument("model", type=Path)
     transcribe.add_argument("files", type=Path, nargs="+")
+    allreduce = verbs.add_parser("allreduce")
+    for number in ("rank", "world-size", "port", "gpu"):
+        allreduce.add_argument(f"--{number}", type=int, default=0)
+    for word in ("address", "backend"):
+        allreduce.add_argument(f"--{word}", required=True)
+    fetch = verbs.add_parser("fetch")
+    fetch.add_argument("source")
+    fetch.add_argument("--revision")
     options = parser.parse_args(arguments)
     if options.verb == "train":
         return train_rank(rundir.Attempt(options.attempt), options.fresh, options.debug)
     end_with_parent()
     try:
-        from launcher.worker import verbs as implementations
-
+        if options.verb in ("allreduce", "fetch"):
+            from launcher.worker import preflight as implementations
+        else:
+            from launcher.worker import verbs as implementations  # type: ignore[no-redef]
         return int(getattr(implementations, options.verb)(options))
     except SpeechctlError as error:
         print(error.render(), file=sys.stderr)

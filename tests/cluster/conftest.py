@@ -9,6 +9,7 @@ directory, and each namespace sees them where ssh looks for them.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,7 @@ cd "$1"
 for name in hosts nsswitch.conf resolv.conf ssh/ssh_config slurm; do
   [ ! -e "/etc/$name" ] || [ ! -e "${name#ssh/}" ] || mount --bind "${name#ssh/}" "/etc/$name"
 done
+[ ! -e /etc/machine-id ] || mount --bind "machine-id-$2" /etc/machine-id
 mount -t tmpfs tmpfs /run
 mkdir -p /run/sshd /run/munge
 ip link set lo up
@@ -83,6 +85,8 @@ class Cluster:
         (self.folder / "hosts").write_text("\n".join(known) + "\n")
         (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
         (self.folder / "resolv.conf").touch()
+        for name in ("desk", *self.hosts):
+            (self.folder / f"machine-id-{name}").write_text(f"{secrets.token_hex(16)}\n")
         (self.folder / "ssh_config").write_text(SSH.format(folder=self.folder))
         for name in ("user", *(f"key-{host}" for host in self.hosts)):
             self._run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", str(self.folder / name))

@@ -8,6 +8,7 @@ from typing import Any
 from launcher import cli, environment, hosts
 from launcher import plan as plans
 from launcher.plan import Plan
+from launcher.prepare import run
 from launcher.recipe import Recipe
 
 FACTS = {
@@ -33,4 +34,5 @@ def made_up(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
 
 if __name__ == "__main__":
     cli._plan = made_up
+    run.planned_sizes = lambda path, recipe, machines: lambda: plans.make(recipe, machines, FACTS)
     cli.main()

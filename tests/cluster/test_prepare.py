@@ -1,0 +1,167 @@
+"""`prepare` over real ssh: what is in good order is green, and what is planted on a host is named with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import launcher
+from launcher.errors import ExitCode
+from tests.cluster.conftest import Cluster, empty
+from tests.conftest import RECIPE, Golden, Stub, simulated_python
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def three(stub: Stub, cluster: Cluster) -> Stub:
+    """A stub whose recipe names three hosts by their addresses, and has packs of a kind."""
+    lines = (f"{name} slots=1 address={address}\n" for name, address in cluster.hosts.items())
+    (stub.root / "hosts").write_text("".join(lines))
+    launch = f"{{backend: ssh, hostfile: {stub.root}/hosts, stop_grace: 5s}}"
+    stub.recipe.write_text(RECIPE.replace("{processes: 2, stop_grace: 2s}", launch))
+    stub.command = cluster.desk("env", "-C", str(stub.root), *stub.command)
+    for subset in ("train-clean-100", "dev-clean"):
+        pack = stub.root / "packs" / subset
+        pack.mkdir(parents=True)
+        (pack / "shard.00000.mds").write_bytes(b"x" * 100)
+        files = {"shard.00000.mds": {"bytes": 100}}
+        (pack / "MANIFEST.json").write_text(json.dumps({"digest": "0" * 32, "files": files}))
+    return stub
+
+
+@contextmanager
+def planted(cluster: Cluster, name: str, *commands: tuple[str, ...]) -> Iterator[None]:
+    """Commands on a host, each with its opposite after a `|`; the opposites are done at the end, last first."""
+    undo = []
+    try:
+        for command in commands:
+            at = command.index("|")
+            done = cluster.on(name, *command[:at])
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+            undo.append(command[at + 1 :])
+        yield
+    finally:
+        for command in reversed(undo):
+            done = cluster.on(name, *command)
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def over(source: Path, target: Path | str) -> tuple[str, ...]:
+    """A file in place of another, on one host alone."""
+    return ("mount", "--bind", str(source), str(target), "|", "umount", str(target))
+
+
+def tmpfs(where: str, options: str = "size=1m") -> tuple[str, ...]:
+    return ("mount", "-t", "tmpfs", "-o", options, "tmpfs", where, "|", "umount", where)
+
+
+def changed(folder: Path, path: Path, old: str, new: str) -> Path:
+    """A copy of a file that differs."""
+    text = path.read_text()
+    assert old in text
+    copy = folder / secrets.token_hex(4)
+    copy.write_text(text.replace(old, new, 1))
+    return copy
+
+
+def test_three_hosts_in_good_order_are_green(three: Stub, cluster: Cluster, tmp_path: Path) -> None:
+    """With the real worker, whose ranks meet and compute a sum."""
+    from tests.worker.runs import SPEECHCTL
+
+    three.recipe.write_text(three.recipe.read_text().replace(f"{three.root}/hosts", f"{three.root}/names"))
+    cluster.hostfile(three.root / "names", *cluster.hosts)
+    done = cluster.at_desk("env", "-C", str(tmp_path), *SPEECHCTL, "prepare", "stub.yaml", "--json", timeout=200)
+    value = json.loads(done.stdout)
+    assert [c for c in value["checks"] if c["verdict"] != "ok"] == [], done.stderr
+    assert done.returncode == ExitCode.FINISHED
+    sums = {c["host"]: c["found"] for c in value["checks"] if c["name"] == "all-reduce"}
+    assert set(sums) == set(cluster.hosts)
+    assert all(re.fullmatch(r"gloo: [\d.]+ ms for 4.0 MiB, [\d.]+ Gbit/s; met in [\d.]+ s", s) for s in sums.values())
+    way = "NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0"
+    assert value["proposed"] == dict.fromkeys(cluster.hosts, way)
+    assert empty(three.root, within_s=0)
+
+
+def test_what_is_planted_is_named(three: Stub, cluster: Cluster, golden: Golden, tmp_path: Path) -> None:
+    """One host has another package, other code and a closed port; one a full /dev/shm and a name server that does not
+    answer; one a shard that was cut short and a clock that is wrong. The clock alone is not real: time is one for all
+    namespaces, so that `python3` there adds to it."""
+    info = metadata.distribution("pydantic")._path / "METADATA"  # type: ignore[attr-defined]
+    package = changed(tmp_path, info, f"Version: {metadata.version('pydantic')}", "Version: 1.2.3")
+    nodelist = Path(launcher.__path__[0]) / "nodelist.py"
+    code = changed(tmp_path, nodelist, "MAX_NAMES = 100_000", "MAX_NAMES = 100_001")
+    dns, resolver, empty_file = (tmp_path / name for name in ("nsswitch", "resolv", "empty"))
+    dns.write_text("passwd: files\ngroup: files\nshadow: files\nhosts: dns files\n")
+    resolver.write_text("nameserver 10.91.7.250\noptions timeout:1 attempts:2\n")
+    empty_file.touch()
+    wrong = {"name": "node3", "skew_s": 3}
+    python = simulated_python(tmp_path / "python")
+    script = (python / "python3").read_text().replace("exec ", f"STUB_HOST='{json.dumps(wrong)}' exec ")
+    (python / "python3").write_text(script)
+    first = cluster.at_desk("ssh", "node3", "echo $PATH").stdout.split(":")[0]
+    reject = ("INPUT", "-p", "tcp", "-s", cluster.hosts["node3"], "--dport", "1024:65535", "--syn", "-j", "REJECT")
+    shard = three.root / "packs" / "dev-clean" / "shard.00000.mds"
+    with (
+        planted(cluster, "node1", over(package, info), over(code, nodelist)),
+        planted(cluster, "node1", ("iptables", "-A", *reject, "|", "iptables", "-D", *reject)),
+        planted(cluster, "node2", tmpfs("/dev/shm", "size=70m")),
+        planted(cluster, "node2", ("fallocate", "-l", "70m", "/dev/shm/full", "|", "true")),
+        planted(cluster, "node2", over(dns, "/etc/nsswitch.conf"), over(resolver, "/etc/resolv.conf")),
+        planted(cluster, "node3", over(empty_file, shard), over(python, first)),
+    ):
+        done = three.speechctl("prepare", "stub.yaml")
+        began = time.monotonic()
+        launched = three.speechctl("launch", "stub.yaml")
+        print(f"refused in {time.monotonic() - began:.1f} s")
+    assert done.returncode == ExitCode.PREFLIGHT, done.stderr
+    text = (
+        done.stdout.replace(str(three.root), "ROOT").replace(sys.prefix, "PREFIX").replace(str(nodelist.parent), "CODE")
+    )
+    text = re.sub(r"(?<!took )\b\d+\.\d+ (s|GiB)\b", r"#.# \1", text)
+    text = re.sub(r"[0-9a-f]{12}( \(revision [0-9a-f]{12}\))?", "DIGEST", text)
+    text = re.sub(r"port \d+", "port PORT", text).replace(metadata.version("pydantic"), "VERSION")
+    golden("cluster/prepare.txt", re.sub(r"took [23]\.\d s", "took 2 s", text))
+    assert launched.returncode == ExitCode.PREFLIGHT
+    assert "error: node1: packages: pydantic 1.2.3, the others " in launched.stderr
+    assert "node1: code: speechctl " in launched.stderr
+    assert not three.run.root.exists(), "no run was made"
+    assert empty(three.root, within_s=0)
+
+
+def test_a_host_that_was_cut_off_is_told_from_one_whose_key_changed(three: Stub, cluster: Cluster) -> None:
+    cluster.cut("node2")
+    known = cluster.folder / "known_hosts"
+    keys = {row.split(",")[0]: row.split()[2] for row in known.read_text().splitlines()}
+    known.write_text(known.read_text().replace(keys["node3"], keys["node1"]))
+    began = time.monotonic()
+    done = three.speechctl("prepare", "stub.yaml", "--json")
+    print(f"in {time.monotonic() - began:.1f} s")
+    assert done.returncode == ExitCode.HOST
+    assert time.monotonic() - began < 30
+    red = {c["host"]: (c["name"], c["found"]) for c in json.loads(done.stdout)["checks"] if c["verdict"] == "fail"}
+    assert red.keys() == {"node2", "node3"}
+    assert red["node2"][0] == "reachable" and red["node2"][1].startswith(
+        "timed out: ssh: connect to host node2 port 22:"
+    )
+    assert red["node3"] == ("host key", "changed host key: Host key verification failed.")
+
+
+def test_a_run_directory_that_is_not_shared_is_named(three: Stub, cluster: Cluster) -> None:
+    with planted(cluster, "node3", tmpfs(str(three.root))):
+        done = three.speechctl("prepare", "stub.yaml", "--json")
+    checks = json.loads(done.stdout)["checks"]
+    assert [(c["host"], c["verdict"]) for c in checks if c["name"] == "shared directory"] == [
+        ("node1", "ok"),
+        ("node2", "ok"),
+        ("node3", "fail"),
+    ]
