@@ -19,6 +19,7 @@ from launcher import account, rundir
 from launcher.backends import slurm, ssh
 from launcher.errors import DataError, ExitCode
 from launcher.hosts import Host
+from launcher.node import ANOTHER
 from launcher.rundir import Attempt
 
 Verdict = Literal["again", "mend"]
@@ -366,7 +367,7 @@ def _exited(ended: _Ended) -> Failure | None:
 
 def _stopped(ended: _Ended) -> Failure | None:
     """The ranks were ended because somebody asked for it, and that took too long or went wrong."""
-    nodes = [n for k in ended.order if (n := ended.nodes.get(k))]
+    nodes = [n for k in ended.order if (n := ended.nodes.get(k)) and n["asked"] != ANOTHER]  # no cause, but one's work
     killed = next((n for n in nodes if n["killed"]), None)
     asked = next((n for n in nodes if n["asked"]), None)
     if killed is None and asked is None:

@@ -45,6 +45,9 @@ DUMP = b"dump\n"
 OVER = b"over\n"
 """What the lease says once nobody is to go on."""
 
+ANOTHER = "another node had ended"
+"""Why a node ends its ranks that was asked to because another one failed."""
+
 NODE_SCRIPT = """\
 #!/usr/bin/env bash
 # Starts this attempt's ranks on one node. Argument: the rank of the node, from 0.
@@ -211,7 +214,7 @@ class Node:
         while torchrun.poll() is None:
             self._listen(0.2)
             if self.asked is None and self.files.over:
-                self.asked = "another node had ended"
+                self.asked = ANOTHER
             if self.asked is None and lease_s is not None and self.files.unchanged_s() > lease_s:
                 self.asked = f"nothing was heard of the launcher for {lease_s:g} s"
             if self.asked is not None:
@@ -252,7 +255,7 @@ class Node:
         if KILL in words:
             self.told_to_kill = True
         elif END in words:
-            self.asked = self.asked or "another node had ended"
+            self.asked = self.asked or ANOTHER
 
     def _ask_ranks(self, torchrun: subprocess.Popen[bytes]) -> None:
         """SIGTERM to every rank, once: they have sessions of their own, so a signal to torchrun's group would miss

@@ -174,6 +174,15 @@ def test_ranks_that_the_node_killed_are_told_from_those_that_died(ended: Attempt
     assert verdict(ended) == ("training", 1, "rank 1 on a: ValueError: boom")
 
 
+def test_nodes_that_were_ended_because_another_failed_are_no_cause(ended: Attempt) -> None:
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "asked": "another node had ended", "killed": "at once"})
+    record(ended, 0, 1.0, "Connection closed by peer", lost=True, code=76)
+    assert verdict(ended) == ("lost peer", 0, "rank 0 on a lost its peers: Connection closed by peer")
+    ended.rank_failure(0).unlink()
+    ended.node_log(0).write_text("RuntimeError: no more threads\n")
+    assert verdict(ended)[2] == "the ranks of node 0 on a ended without a word: RuntimeError: no more threads"
+
+
 def test_torchrun_itself_can_be_killed(ended: Attempt) -> None:
     rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": -9})
     assert verdict(ended, 0, 1) == ("killed", None, "torchrun of node 1 on b was ended by SIGKILL")

@@ -6,6 +6,7 @@ It goes in step with the other ranks, seals checkpoints that hold nothing, and g
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
@@ -17,8 +18,6 @@ import time
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import quote, quote_plus
-
-import psutil
 
 from launcher import rundir
 from launcher.errors import DataError, ExitCode
@@ -90,6 +89,7 @@ class Training:
         self.steps = int(number) if behaviour in ("train", "child", "deaf", "leak") and number else 10**9
         self.alone = behaviour == "deaf"
         self.meeting = os.open(attempt.root / ".meeting", os.O_RDWR | os.O_CREAT)
+        self.lock = self.come()
         self.step = max(self.run.sealed_steps(), default=0)
 
     def go(self) -> None:
@@ -135,20 +135,32 @@ class Training:
         places = [record.size * (2 * rank + self.step % 2) for rank in range(WORLD_SIZE)]
         os.pwrite(self.meeting, record.pack(self.step, asked), places[RANK])
         while True:
+            lost = any(map(self.is_lost, range(WORLD_SIZE)))  # asked first: one that has agreed may end
             said = [os.pread(self.meeting, record.size, place) for place in places]
             rows = [record.unpack(data) if len(data) == record.size else (0, 0) for data in said]
             if all(step == self.step for step, _ in rows):
                 return any(asked for _, asked in rows)
-            if any(map(self.is_lost, range(WORLD_SIZE))):
+            if lost:
                 raise RuntimeError("Connection closed by peer")
             time.sleep(0.005)
 
+    def come(self) -> int:
+        """A lock that peers see for as long as this process lives, wherever they are on this machine."""
+        path = self.attempt.root / f".rank-{RANK}"
+        fd = os.open(path.with_suffix(".tmp"), os.O_RDWR | os.O_CREAT)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        path.with_suffix(".tmp").rename(path)
+        return fd
+
     def is_lost(self, rank: int) -> bool:
-        record = rundir.read_json(self.attempt.rank(rank))
+        if rank == RANK:
+            return False
         try:
-            return record is not None and psutil.Process(record["pid"]).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
+            with (self.attempt.root / f".rank-{rank}").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+        except OSError:  # it lives, or is yet to come
+            return False
 
     def seal(self) -> None:
         mark("begin", "save", self.step)
