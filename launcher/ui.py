@@ -284,7 +284,7 @@ def at_work(node: Node) -> tuple[str, str]:
         for rank, task in tasks.items()
         if task != most
     ]
-    return f"{who}{most}", "".join(odd[:4])
+    return f"{who}{most}", "".join(odd[:4]) + (f"; and {len(odd) - 4} more" if len(odd) > 4 else "")
 
 
 def why(value: Diagnosis) -> None:

@@ -82,7 +82,7 @@ def test_the_tail_of_a_large_file_is_read_from_its_end(tmp_path: Path) -> None:
     assert list(reader.fresh()) == []
 
 
-@pytest.mark.parametrize("length", [1, 7, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1])
+@pytest.mark.parametrize("length", [1, 7, 20_000, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1])
 @pytest.mark.parametrize("end", [b"", b"torn", b"\r"])
 def test_the_tail_is_the_end_of_the_whole(tmp_path: Path, length: int, end: bytes) -> None:
     """Wherever the blocks are cut: in a line, in \\r\\n, before the first byte."""
@@ -191,6 +191,12 @@ def test_since_leaves_out_what_has_not_grown(tmp_path: Path) -> None:
     assert shown == [3]
 
 
+def test_a_rank_that_only_lost_its_peers_did_not_fail(tmp_path: Path) -> None:
+    attempt = lab_run(tmp_path / "run").attempts()[-1]
+    assert rundir.read_json(attempt.rank_failure(0))["lost_peer"]
+    assert [log.number for log in Selection("failed").pick_logs(attempt)] == [3]
+
+
 def test_where_no_rank_failed_the_nodes_are_shown(tmp_path: Path) -> None:
     run = lab_run(tmp_path / "run")
     attempt = run.attempts()[-1]
@@ -243,8 +249,9 @@ def test_following_one_attempt_ends_where_the_run_is_at_another(tmp_path: Path) 
     run = made_run(tmp_path / "run", "interrupted")
     for attempt in run.attempts():
         attempt.rank_log(0).write_text(f"{attempt.number}\n")
-    with held(run, "speechctl resume run"):
+    with held(run, "speechctl resume run") as holder:
         assert [line.text for line in logs.follow(run, Selection(attempts="1"), View())] == ["1"]
+        assert holder.poll() is None
 
 
 def test_following_a_living_run_to_its_end(stub: Stub) -> None:
