@@ -27,9 +27,13 @@ def print_logs(run: Run, selection: logs.Selection, view: logs.View, *, follow: 
     report.read(run)  # refuses what is no run
     follow = follow and rundir.holder(run) is not None
     lines = logs.follow(run, selection, view) if follow else logs.show(run, selection, view, ui.say)
-    for line in lines:
-        print(json.dumps(line.to_json()) if as_json else line.render(), flush=follow)
-    sys.stdout.flush()
+    try:
+        for line in lines:
+            print(json.dumps(line.to_json()) if as_json else line.render(), flush=follow)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads it any more; typer would make a failure of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 # Attach --------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Line:
         """With the prefix that names its writer, and nothing in it that drives a terminal."""
         log = self.log
         words = [f"a{log.attempt}"] * self.several_attempts + [log.kind, str(log.number), log.host or ""]
-        return printable(f"[{' '.join(words).rstrip()}] {self.text.expandtabs()}")
+        return printable(f"[{' '.join(words).rstrip()}] {self.text.expandtabs()}").rstrip()
 
     def to_json(self) -> dict[str, object]:
         log = self.log
@@ -306,7 +306,7 @@ def show(run: Run, selection: Selection, view: View, missing: Callable[[str], No
     """The lines of the selected logs as they are now.
 
     Args:
-        missing: told about a rank that was asked for by its number and has no log, where others have one.
+        missing: told about each rank that was asked for by its number and has said nothing.
 
     Raises:
         NotFoundError: the run has no such attempt, or none of the logs is there.
@@ -320,8 +320,10 @@ def show(run: Run, selection: Selection, view: View, missing: Callable[[str], No
         raise _nothing(run, selection, attempts, wanted)
     if selection.ranks not in ("all", "failed") and selection.nodes is None:
         for log in wanted:
-            if log not in there:
-                missing(f"rank {log.number} of attempt {log.attempt} has no log")
+            if log not in there or log.path.stat().st_size == 0:
+                missing(
+                    f"rank {log.number} of attempt {log.attempt} has {'said nothing' if log in there else 'no log'}"
+                )
     for log in there:
         for text in view.first(Reader(log.path), torn=True):
             yield Line(log, text, len(attempts) > 1)
@@ -333,8 +335,10 @@ def _nothing(run: Run, selection: Selection, attempts: list[Attempt], wanted: li
         return NotFoundError(
             f"{which} of {run.root} has no rank that failed", hint=f"`speechctl why {run.root}` says how it ended"
         )
-    ranks = report.span([log.number for log in wanted if log.kind == "rank"])
-    who = f"{'rank' if ranks.isdecimal() else 'ranks'} {ranks}" if ranks else "its nodes"
+    named = {"all": "its ranks", "failed": "the ranks that failed", None: "rank 0"}
+    who = (
+        named.get(selection.ranks, f"rank {selection.ranks}") if selection.nodes is None else f"node {selection.nodes}"
+    )
     return NotFoundError(
         f"{which} of {run.root} has no log of {who}",
         hint=f"`speechctl logs {run.root} --node all` shows all there is, `speechctl why {run.root}` how it ended",

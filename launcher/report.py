@@ -254,6 +254,8 @@ def commands(value: Report) -> list[str]:
             f"speechctl export {root}{which}",
             f"speechctl transcribe {export} FILE.flac",
         ]
+    if value.state == "created" and value.jobs:
+        return [f"squeue --job {value.jobs[-1]['id']}", f"speechctl attach {root}"]
     reason = [f"speechctl why {root}"] if value.state in ("failed", "interrupted") else []
     return [*reason, f"speechctl resume {root}"]
 

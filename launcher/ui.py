@@ -367,28 +367,32 @@ def some(names: list[str]) -> str:
 
 def at_work(node: Node) -> tuple[str, str]:
     """What the ranks of a node do, as far as it says so, and those that do something else."""
+    who = f"{node.number}  {node.host}  ranks {span(node.ranks)}  "
     if not node.doing:
-        return f"{node.number}  {node.host}  {span(node.ranks)}  has not said yet", ""
-    tasks = {rank: (row.get("phase", "?"), row.get("step", "?")) for rank, row in node.doing.items()}
+        return f"{who}nothing heard yet", ""
+    tasks = {rank: f"step {row.get('step', '?')} ({row.get('phase', '?')})" for rank, row in node.doing.items()}
     most = max(tasks.values(), key=list(tasks.values()).count)
     odd = [
-        f"; rank {rank}: {phase}, step {step}, unchanged for {node.doing[rank].get('unchanged_s', 0):.0f} s"
-        for rank, (phase, step) in tasks.items()
-        if (phase, step) != most
+        f"; rank {rank}: {task}, unchanged for {node.doing[rank].get('unchanged_s', 0):.0f} s"
+        for rank, task in tasks.items()
+        if task != most
     ]
-    return f"{node.number}  {node.host}  {span(node.ranks)}  {most[0]}, step {most[1]}", "".join(odd[:4])
+    return f"{who}{most}", "".join(odd[:4]) + (f"; and {len(odd) - 4} more" if len(odd) > 4 else "")
 
 
 def why(value: Diagnosis) -> None:
     """A failure as a person reads it at night: first what happened, then how that is known, last what to type."""
     rows = [("run", f"{value.name} in {value.run_dir}, {value.state}")]
-    if value.attempt is None or not value.evidence:
-        grid([*rows, ("failed", value.message)])
+    if value.code is None:
+        grid([rows[0], ("attempt" if value.attempt else "state", value.message)])
     else:
-        code = value.code if value.code is None else ExitCode(value.code).name.lower().replace("_", " ")
+        code = ExitCode(value.code).name.lower().replace("_", " ")
         verdict = None if value.verdict is None else VERDICTS.get(value.verdict, value.verdict)
         rows += [
-            ("attempt", f"{value.attempt.number} of {value.attempts}, {steps_of(value.attempt)}"),
+            (
+                "attempt",
+                f"{value.attempt.number} of {value.attempts}, {steps_of(value.attempt)}" if value.attempt else "",
+            ),
             ("cause", value.message),
             ("kind", f"{value.kind or code} (exit {value.code})"),
             ("verdict", f"{value.verdict}: {verdict}" if verdict else ""),
@@ -402,7 +406,7 @@ def why(value: Diagnosis) -> None:
         for line in excerpt.lines:
             answer(f"  {line.expandtabs()[:500]}")
     if value.earlier:
-        answer("\nbefore it")
+        answer("\nattempts that failed before it")
         attempts(value.earlier)
     if value.hint:
         answer(f"\nhint: {value.hint}")

@@ -57,6 +57,7 @@ class Diagnosis:
     earlier: list[Start]
     """Attempts before it that failed or were interrupted, oldest first."""
     hint: str
+    """Empty where the run went on since."""
     commands: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def diagnose(run: Run, number: int | None) -> Diagnosis:
         others=_others(attempt, failure),
         followed=_followed(value, start),
         earlier=[s for s in value.history if s.state in ENDED and s.number < start.number],
-        hint=failure["hint"],
+        hint=failure["hint"] if value.state != "running" and start is value.history[-1] else "",
         commands=_commands(run, value, start, failure),
     )
 
@@ -106,13 +107,10 @@ def diagnose(run: Run, number: int | None) -> Diagnosis:
 def _healthy(run: Run, value: Report, start: Start | None) -> Diagnosis:
     """There is nothing to explain."""
     root = shlex.quote(str(run.root))
-    what = f"attempt {start.number} did not fail: {start.state}" if start is not None else "no attempt has failed"
+    what = f"{start.number} did not fail: {start.state}" if start is not None else "no attempt has failed"
     if value.state == "created":
         jobs = ", ".join(str(job["id"]) for job in value.jobs)
-        what = f"it was not started yet{f'; submitted to SLURM as {jobs}' if jobs else ''}"
-    commands = [f"speechctl status {root}"]
-    if value.state == "created":
-        commands += [f"squeue --job {value.jobs[-1]['id']}"] if value.jobs else [f"speechctl resume {root}"]
+        what = f"not started yet{f'; submitted to SLURM as {jobs}' if jobs else ''}"
     nothing: dict[str, Any] = dict.fromkeys(("kind", "code", "verdict", "rank", "host"))
     return Diagnosis(
         name=value.name,
@@ -127,7 +125,7 @@ def _healthy(run: Run, value: Report, start: Start | None) -> Diagnosis:
         followed="",
         earlier=[],
         hint="",
-        commands=commands,
+        commands=[f"speechctl status {root}"] if value.state != "created" else report.commands(value),
         **nothing,
     )
 
@@ -136,12 +134,12 @@ def _interrupted(attempt: Attempt, value: Report, start: Start) -> dict[str, Any
     """What can be known of an attempt whose launcher was gone before it could say anything."""
     newest = start.number == value.history[-1].number
     last = rundir.read_json(attempt.run.lock) if newest and attempt.run.lock.exists() else None
-    who = f"pid {last['pid']} on {last['host']}" if last else "it"
+    who = f" (pid {last['pid']} on {last['host']})" if last else ""
     files = [p for p in (attempt.events, attempt.metrics, attempt.lease, *attempt.logs.glob("*")) if p.exists()]
     heard = max((p.stat().st_mtime for p in files), default=None)
     at = "" if heard is None else f", last heard of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(heard))}"
     step = "before its first step" if not start.to_step else f"after step {start.to_step}"
-    sealed = f"step {value.sealed[-1]} is sealed" if value.sealed else "nothing is sealed"
+    sealed = f"; newest checkpoint: {f'step {value.sealed[-1]}' if value.sealed else 'none'}" if newest else ""
     # An older launcher.log is of another launcher.
     log = attempt.run.launcher_log
     said = [str(log)] if log.exists() and log.stat().st_mtime >= attempt.root.stat().st_ctime else []
@@ -149,7 +147,7 @@ def _interrupted(attempt: Attempt, value: Report, start: Start) -> dict[str, Any
         "kind": "launcher lost",
         "code": int(ExitCode.INFRASTRUCTURE),
         "verdict": "again",
-        "message": f"the launcher ({who}) was gone before it could say how the ranks ended: {step}{at}; {sealed}",
+        "message": f"the launcher{who} was gone before it could say how the ranks ended: {step}{at}{sealed}",
         "evidence": [*said, str(attempt.supervisor), str(attempt.logs)],
         "hint": f"`speechctl resume {attempt.run.root}` goes on from the newest checkpoint",
     }
@@ -169,7 +167,9 @@ def excerpts(attempt: Attempt, failure: dict[str, Any]) -> list[Excerpt]:
         traceback = "".join(record.get("traceback", ())).splitlines()[-LINES:]
         found.append(Excerpt(f"traceback of rank {rank}, its end", traceback))
         log = attempt.rank_log(rank)
-        found.append(Excerpt(f"{'before it, ' if traceback else ''}{log}", last_lines(log, before_it=bool(traceback))))
+        found.append(
+            Excerpt(f"{'before that, ' if traceback else ''}{log}", last_lines(log, before_it=bool(traceback)))
+        )
         stack = attempt.stacks / f"rank-{rank:05d}.txt"
         found.append(Excerpt(f"stack of rank {rank}, {stack}", first_lines(stack)))
         shown = [log, stack]

@@ -252,7 +252,8 @@ def made_run(root: Path, state: str) -> Run:
         rundir.append_line(attempt.events, {"event": "started", "step": first, "time": 100.0 * number})
         for step in range(first + 1, to + 1):
             values = {"step": step, "loss": 3 / step, "audio_s": 36.0, "step_s": 0.5, "attempt": number}
-            rundir.append_line(attempt.metrics, values)
+            more = {"epoch": 0, "grad_norm": 1.0, "learning_rate": 1e-3, "time": 100.0 * number + step}
+            rundir.append_line(attempt.metrics, {**values, **more})
     run.evaluations.mkdir()
     # Of the evaluations of the first attempt, the one at step 3 was rolled back, and the run has not come by again.
     for number, step, errors in [(1, 2, 30), (1, 3, 28), (2, 4, 20), (2, 6, 15)]:

@@ -1,0 +1,246 @@
+"""A run without a terminal, and those who come by to watch it: nothing they do ends it, and its end is told to all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher import rundir
+from launcher.errors import ExitCode
+from tests.conftest import Golden, Stub, gone, made_run, wait_until
+from tests.test_cli import Transcript, compare, speechctl
+from tests.test_rundir import held
+from tests.test_why import submitted
+
+__all__ = ["speechctl"]  # a fixture
+
+
+@pytest.fixture
+def detached(stub: Stub) -> Iterator[Stub]:
+    """A stub whose launcher is ended with the test, by its own record in the lock."""
+    yield stub
+    for pid in [(rundir.holder(stub.run) or {}).get("pid"), *stub.pids()]:
+        if pid is not None and psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def launcher_of(stub: Stub) -> int:
+    wait_until(lambda: (rundir.holder(stub.run) or {}).get("pid"))
+    return int((rundir.holder(stub.run) or {})["pid"])
+
+
+@contextmanager
+def attached(stub: Stub) -> Iterator[subprocess.Popen[str]]:
+    """`speechctl attach` under way, and it has said something: in a file, which `heard` reads."""
+    command = [*stub.command, "attach", "stub"]
+    with (stub.root / "heard").open("w") as stderr:
+        process = subprocess.Popen(
+            command, cwd=stub.root, env=stub.env, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+    with process:
+        try:
+            wait_until(lambda: heard(stub))
+            yield process
+        finally:
+            process.kill()
+
+
+def heard(stub: Stub) -> str:
+    return (stub.root / "heard").read_text()
+
+
+# Detach ---------------------------------------------------------------------------------------------------------------
+
+
+SHELL = """
+import fcntl, pathlib, subprocess, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+code = subprocess.run(sys.argv[1:]).returncode
+pathlib.Path("code").write_text(str(code))
+time.sleep(60)
+"""
+"""The leader of a terminal's session. It stays there, as a shell does, until the terminal is closed."""
+
+
+def test_a_detached_run_survives_its_terminal(detached: Stub) -> None:
+    """The terminal goes away as after an ssh logout: its shell's session gets SIGHUP and every descriptor is dead."""
+    detached.behave("train 150", "train 150")
+    command = [*detached.command, "launch", "stub.yaml", "--detach"]
+    terminal, other = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", SHELL, *command],
+        cwd=detached.root,
+        env=detached.env,
+        stdin=other,
+        stdout=other,
+        stderr=other,
+        start_new_session=True,
+    ) as shell:
+        os.close(other)
+        code = detached.root / "code"
+        wait_until(lambda: code.exists() and code.read_text())
+        assert code.read_text() == "0"
+        launcher = launcher_of(detached)
+        assert os.getsid(launcher) == launcher
+        detached.wait_for_ranks()
+        os.close(terminal)
+        assert shell.wait(10) == -signal.SIGHUP
+    with attached(detached) as process:
+        said, _ = process.communicate(timeout=30)
+        assert process.returncode == ExitCode.FINISHED
+        assert "\nstate   finished\n" in said
+    printed = detached.run.launcher_log.read_text()
+    assert "step 1/50" in printed and "state   finished" in printed
+    assert detached.run.launcher_log.stat().st_mode & 0o777 == 0o600
+    assert rundir.read_json(detached.run.lock)["command"].endswith(f"resume {detached.run.root}")
+    assert gone({launcher, *detached.pids()}, within_s=5)
+
+
+def test_what_to_type_after_detaching(detached: Stub, golden: Golden) -> None:
+    made_run(detached.run.root, "stopped")
+    done = detached.speechctl("launch", "stub.yaml", "--detach", "--set", "name=other")
+    run = rundir.Run(detached.root / "runs" / "other")
+    launcher = (rundir.holder(run) or {})["pid"]
+    told = done.stdout.replace(f"pid {launcher} on {os.uname().nodename}", "pid PID on HOST")
+    text = f"[exit {done.returncode}]\n--- stdout\n{told}--- stderr\n{done.stderr}"
+    golden("cli/launch-detached.txt", text.replace(str(detached.root), "TMP"))
+    assert detached.speechctl("stop", "other").stdout == f"{run.root}: stopped\n"
+    assert gone({launcher}, within_s=10)
+
+
+def test_a_detached_launcher_that_cannot_start_says_why(stub: Stub) -> None:
+    run = made_run(stub.run.root, "stopped")
+    run.launcher_log.write_text("of an earlier launcher\n")
+    with held(run, "speechctl launch elsewhere"):
+        done = stub.speechctl("resume", "stub", "--detach")
+    assert done.returncode == ExitCode.USAGE
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {run.root} is in use by `speechctl launch elsewhere` (pid ")
+    assert f"of an earlier launcher\n{done.stderr}" == run.launcher_log.read_text()
+
+
+def test_resume_goes_on_detached_and_anew(detached: Stub) -> None:
+    detached.behave("raise", "lost")
+    assert detached.speechctl("launch", "stub.yaml").returncode == ExitCode.TRAINING_RAISED
+    detached.run.launcher_log.write_text("error: an old one\n")
+    detached.behave("train 20", "train 20")
+    done = detached.speechctl("resume", "stub", "--detach", "--fresh")
+    assert done.returncode == ExitCode.FINISHED, done.stderr
+    assert detached.speechctl("attach", "stub").returncode == ExitCode.FINISHED
+    assert detached.run.launcher_log.read_text().startswith("error: an old one\n")
+    assert rundir.read_json(detached.run.attempts()[-1].env)["fresh"] is True
+
+
+def test_a_slurm_job_needs_no_detaching(stub: Stub) -> None:
+    """Only what is said: the run goes the way of its backend."""
+    code = "from launcher import follow; print(follow.is_needed('slurm'), follow.is_needed('ssh'))"
+    done = subprocess.run([sys.executable, "-c", code], env=stub.env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"
+    assert done.stderr == "--detach changes nothing: a SLURM job needs no terminal\n"
+
+
+# Attach ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("created", 2), ("finished", 0), ("stopped", 75), ("failed", 1), ("interrupted", 76)]
+)
+def test_a_run_that_is_not_running_says_how_it_ended(
+    state: str, code: int, speechctl: Transcript, tmp_path: Path, golden: Golden
+) -> None:
+    made_run(tmp_path / "runs" / "stub", state)
+    compare(f"attach-{state}", "attach stub", code, speechctl, tmp_path, golden)
+
+
+def test_ctrl_c_leaves_the_run_to_itself(stub: Stub) -> None:
+    with stub.start(*stub.command, "launch", "stub.yaml") as launch:
+        stub.wait_for_ranks()
+        with attached(stub) as process:
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=10)
+            assert process.returncode == 130
+            assert (said, heard(stub).splitlines()[-1]) == (
+                "",
+                f"left {stub.run.root} to itself: `speechctl attach {stub.run.root}` comes back,"
+                f" `speechctl stop {stub.run.root}` ends it",
+            )
+        assert not stub.run.stop_request.exists()
+        with attached(stub) as process:
+            assert launch.poll() is None
+            launch.send_signal(signal.SIGINT)
+            assert process.wait(20) == launch.wait(20) == ExitCode.STOPPED
+
+
+def test_a_launcher_that_is_killed_while_we_follow(detached: Stub) -> None:
+    """Its ranks do not seal: deaf to being asked, they are killed when launch.stop_grace is over."""
+    detached.behave("deaf", "deaf")
+    assert detached.speechctl("launch", "stub.yaml", "-d").returncode == 0
+    ranks = detached.wait_for_ranks()
+    with attached(detached) as process:
+        os.kill(launcher_of(detached), signal.SIGKILL)
+        said, _ = process.communicate(timeout=20)
+    error = heard(detached)
+    assert (process.returncode, said) == (ExitCode.INFRASTRUCTURE, "")
+    assert f"error: the launcher of {detached.run.root} is gone; it could not say how its ranks ended" in error
+    assert "hint: `speechctl why " in error
+    assert gone(ranks, within_s=20)
+
+
+def test_a_failure_ends_those_who_follow_with_its_code(stub: Stub) -> None:
+    stub.behave("raise 2", "lost")
+    with stub.start(*stub.command, "launch", "stub.yaml") as launch:
+        launcher_of(stub)
+        with stub.start(*stub.command, "attach", "stub") as process:
+            _, error = process.communicate(timeout=30)
+        _, own = launch.communicate(timeout=20)
+    assert process.returncode == launch.returncode == ExitCode.TRAINING_RAISED
+    assert error.partition("error: ")[2] == own.partition("error: ")[2] != ""
+
+
+def test_another_attempt_of_the_same_launcher_is_followed(tmp_path: Path, stub: Stub) -> None:
+    run = made_run(stub.run.root, "failed")
+    with held(run, "speechctl launch stub.yaml") as holder, attached(stub) as process:
+        attempt = run.new_attempt()
+        rundir.append_line(attempt.events, {"event": "stopped", "step": 5, "time": 1.0})
+        wait_until(lambda: "step 5: " in heard(stub))
+        rundir.write_json(attempt.exit, {"code": 75, "step": 5, "sealed_step": 5})
+        holder.kill()
+        assert process.wait(20) == ExitCode.STOPPED
+    lines = heard(stub).splitlines()
+    assert lines[-2:] == ["attempt 2 failed: rank 1: ValueError: boom", "step 5: stopped, and sealed"]
+
+
+def test_what_was_before_is_told_in_a_few_lines(stub: Stub) -> None:
+    run = made_run(stub.run.root, "interrupted")
+    attempt = run.new_attempt()
+    for step in range(1, 1001):
+        rundir.append_line(attempt.events, {"event": "sealed", "step": step, "blocked_s": 1.0, "time": float(step)})
+        values = {"epoch": 0, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "audio_s": 1.0, "step_s": 1.0}
+        rundir.append_line(attempt.metrics, {"step": step, "time": float(step), **values})
+    with held(run, "speechctl launch stub.yaml"), attached(stub):
+        wait_until(lambda: heard(stub).count("\n") == 6)
+    lines = heard(stub).splitlines()
+    assert lines[:5] == [f"step {step}: sealed a checkpoint in 1.0 s" for step in range(996, 1001)]
+    assert lines[5].startswith("step 1000/6  epoch 0")
+
+
+def test_a_job_in_the_queue_is_waited_for(stub: Stub) -> None:
+    run = made_run(stub.run.root, "created")
+    submitted(run)
+    with stub.start(*stub.command, "attach", "stub") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "waiting for job 1234 to begin; Ctrl-C leaves it in the queue\n"
+        with held(run, "speechctl supervise"):
+            attempt = run.new_attempt()
+            rundir.append_line(attempt.events, {"event": "stopped", "step": 5, "time": 1.0})
+            assert process.stderr.readline() == "step 5: stopped, and sealed\n"
+            rundir.write_json(attempt.exit, {"code": 75, "step": 5, "sealed_step": 5})
+        assert process.wait(20) == ExitCode.STOPPED
