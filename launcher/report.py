@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from launcher import rundir
@@ -76,7 +75,7 @@ class Report:
     avoided: list[dict[str, Any]]
     """Hosts that are left out for now: host, why, until."""
     jobs: list[dict[str, Any]]
-    """What was submitted to SLURM: id, time."""
+    """What was submitted to SLURM, oldest first: id, time, log. From the run's files: SLURM is not asked."""
 
     @property
     def exit_code(self) -> int | None:
@@ -158,7 +157,7 @@ def _read(run: Run) -> Report:
         history=history,
         nodes=[doing(attempts[-1], node) for node in layout(attempts[-1])] if attempts else [],
         avoided=avoided(run),
-        jobs=[{"id": j["id"], "time": j["time"]} for p in sorted(run.slurm.glob("*.jsonl")) for j in submitted(p)],
+        jobs=submitted(run),
     )
 
 
@@ -217,8 +216,10 @@ def avoided(run: Run) -> list[dict[str, Any]]:
     return [row for row in rows.values() if row.get("until") is None or float(row["until"]) > time.time()]
 
 
-def submitted(path: Path) -> list[dict[str, Any]]:
-    return [row for row in rundir.read_lines(path) if "id" in row and "time" in row]
+def submitted(run: Run) -> list[dict[str, Any]]:
+    rows = [rundir.read_json(path) for path in run.slurm.glob("job-*.json")]
+    jobs = [{"id": r["job"], "time": r["time"], "log": str(run.slurm / f"job-{r['job']}.log")} for r in rows]
+    return sorted(jobs, key=lambda job: float(job["time"]))
 
 
 def evidence(failure: dict[str, Any]) -> list[str]:
