@@ -74,7 +74,7 @@ class Report:
     avoided: list[dict[str, Any]]
     """Hosts that are left out for now: host, why, until."""
     jobs: list[dict[str, Any]]
-    """What was submitted to SLURM: id, time."""
+    """What was submitted to SLURM, oldest first: id, time, log. From the run's files: SLURM is not asked."""
     job: dict[str, Any] | None = None
     """SLURM's last job of the run: id, state, reason. Not from its files: `jobs.py` asks SLURM."""
 
@@ -212,9 +212,10 @@ def doing(attempt: Attempt, node: Node) -> Node:
 
 
 def submitted(run: Run) -> list[dict[str, Any]]:
-    """The run's SLURM jobs, by the files that `jobs.py` writes, oldest first."""
-    rows = [row for p in run.slurm.glob("job-*.json") if (row := rundir.read_json(p)) is not None]
-    return [{"id": row["job"], "time": row["time"]} for row in sorted(rows, key=lambda r: float(r["time"]))]
+    """The run's SLURM jobs, by the files that `jobs.py` writes."""
+    rows = [rundir.read_json(path) for path in run.slurm.glob("job-*.json")]
+    jobs = [{"id": r["job"], "time": r["time"], "log": str(run.slurm / f"job-{r['job']}.log")} for r in rows]
+    return sorted(jobs, key=lambda job: float(job["time"]))
 
 
 def evidence(failure: dict[str, Any]) -> list[str]:

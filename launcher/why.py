@@ -109,8 +109,8 @@ def _healthy(run: Run, value: Report, start: Start | None) -> Diagnosis:
     root = shlex.quote(str(run.root))
     what = f"{start.number} did not fail: {start.state}" if start is not None else "no attempt has failed"
     if value.state == "created":
-        jobs = ", ".join(str(job["id"]) for job in value.jobs)
-        what = f"not started yet{f'; submitted to SLURM as {jobs}' if jobs else ''}"
+        jobs = ", ".join(str(job["id"]) for job in value.jobs[-1:])
+        what = f"not started yet{f'; submitted to SLURM as job {jobs}' if jobs else ''}"
     nothing: dict[str, Any] = dict.fromkeys(("kind", "code", "verdict", "rank", "host"))
     return Diagnosis(
         name=value.name,
@@ -120,7 +120,7 @@ def _healthy(run: Run, value: Report, start: Start | None) -> Diagnosis:
         attempt=start,
         message=what,
         evidence=[],
-        excerpts=[],
+        excerpts=said_by_job(value) if value.state == "created" else [],
         others="",
         followed="",
         earlier=[],
@@ -128,6 +128,12 @@ def _healthy(run: Run, value: Report, start: Start | None) -> Diagnosis:
         commands=[f"speechctl status {root}"] if value.state != "created" else report.commands(value),
         **nothing,
     )
+
+
+def said_by_job(value: Report) -> list[Excerpt]:
+    """The log of a job that may have failed before it came to start anything."""
+    logs = [Path(job["log"]) for job in value.jobs[-1:]]
+    return [Excerpt(str(log), lines) for log in logs if (lines := last_lines(log))]
 
 
 def _interrupted(attempt: Attempt, value: Report, start: Start) -> dict[str, Any]:
@@ -140,9 +146,9 @@ def _interrupted(attempt: Attempt, value: Report, start: Start) -> dict[str, Any
     at = "" if heard is None else f", last heard of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(heard))}"
     step = "before its first step" if not start.to_step else f"after step {start.to_step}"
     sealed = f"; newest checkpoint: {f'step {value.sealed[-1]}' if value.sealed else 'none'}" if newest else ""
-    # An older launcher.log is of another launcher.
-    log = attempt.run.launcher_log
-    said = [str(log)] if log.exists() and log.stat().st_mtime >= attempt.root.stat().st_ctime else []
+    logs = [attempt.run.launcher_log, *(Path(job["log"]) for job in value.jobs[-1:])]
+    # An older one is of another launcher.
+    said = [str(p) for p in logs if p.exists() and p.stat().st_mtime >= (start.started or 0)]
     return {
         "kind": "launcher lost",
         "code": int(ExitCode.INFRASTRUCTURE),

@@ -100,7 +100,9 @@ def test_why(
 
 def submitted(run: Run) -> None:
     run.slurm.mkdir()
-    rundir.append_line(run.slurm / "jobs.jsonl", {"id": "1234", "time": 100.0, "argv": ["sbatch"]})
+    for number, time_s in (("99", 50.0), ("1234", 100.0)):
+        rundir.write_json(run.slurm / f"job-{number}.json", {"job": number, "time": time_s, "argv": ["sbatch"]})
+    (run.slurm / "job-1234.log").write_text("slurmstepd: error: no such directory\n")
 
 
 @pytest.mark.parametrize(("name", "change"), [("created", None), ("submitted", submitted)])
