@@ -22,7 +22,10 @@ from tests.conftest import RECIPE, Golden, made_run
 from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["recipe check", "pack", "plan", "launch", "resume", "status", "stop", "evaluate", "export", "transcribe"]
+COMMANDS = (
+    *("recipe check", "prepare", "pack", "plan", "launch", "resume", "status", "stop"),
+    *("evaluate", "export", "transcribe"),
+)
 
 Transcript = Callable[..., subprocess.CompletedProcess[str]]
 
