@@ -155,29 +155,6 @@ def recipe_check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa
 
 
 @app.command()
-def pack(
-    recipe: RecipePath,
-    overrides: Overrides = [],  # noqa: B006
-    processes: Annotated[int, typer.Option(min=1, help="Processes that pack at once.")] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Turn the LibriSpeech subsets that a recipe names into sealed MDS packs.
-
-    A pack that is there already is checked and kept. Ctrl-C is safe: the next `pack` goes on from what is complete.
-    """
-    from launcher import ui
-
-    with _resolved(recipe, overrides) as (_, path):
-        answer = _worker("pack", str(path), "--processes", str(processes))
-    if as_json:
-        ui.answer(json.dumps(answer, indent=1))
-        return
-    for row in answer:
-        utterances, speakers = ui.counted(row["utterances"], "utterance"), ui.counted(row["speakers"], "speaker")
-        ui.answer(f"{row['pack']}: {utterances}, {row['hours']:.2f} h, {speakers}")
-
-
-@app.command()
 def prepare(
     recipe: RecipePath,
     hosts: Annotated[
@@ -220,6 +197,29 @@ def prepare(
     else:
         ui.prepared(result)
     raise typer.Exit(result.code)
+
+
+@app.command()
+def pack(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    processes: Annotated[int, typer.Option(min=1, help="Processes that pack at once.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Turn the LibriSpeech subsets that a recipe names into sealed MDS packs.
+
+    A pack that is there already is checked and kept. Ctrl-C is safe: the next `pack` goes on from what is complete.
+    """
+    from launcher import ui
+
+    with _resolved(recipe, overrides) as (_, path):
+        answer = _worker("pack", str(path), "--processes", str(processes))
+    if as_json:
+        ui.answer(json.dumps(answer, indent=1))
+        return
+    for row in answer:
+        utterances, speakers = ui.counted(row["utterances"], "utterance"), ui.counted(row["speakers"], "speaker")
+        ui.answer(f"{row['pack']}: {utterances}, {row['hours']:.2f} h, {speakers}")
 
 
 @app.command()

@@ -22,7 +22,7 @@ from tests.conftest import RECIPE, Golden, made_run
 from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
-BEFORE, AFTER = ["recipe check", "pack", "plan"], ["evaluate", "export", "transcribe"]
+BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan"], ["evaluate", "export", "transcribe"]
 COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "logs", "attach", "stop", *AFTER]
 
 Transcript = Callable[..., subprocess.CompletedProcess[str]]

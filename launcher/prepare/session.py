@@ -123,6 +123,7 @@ class Session:
     def close(self) -> None:
         """End it. What hangs is not waited for."""
         if self.process is None:
+            self.errors.close()
             return
         for stream in (self.process.stdin, self.process.stdout):
             with suppress(OSError):

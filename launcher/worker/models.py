@@ -12,6 +12,10 @@ from launcher import recipe as schema
 from launcher.errors import DataError, NotFoundError
 from launcher.worker import shims
 from launcher.worker.backbone import SpeechModel, TinyCtcModel, Wav2Vec2Model, WhisperModel, quiet_transformers
+from launcher.worker.preflight import OF_A_BACKBONE
+
+WEIGHTS = {"model.safetensors", "model.safetensors.index.json"}
+"""One of them is where there are weights that can be opened without running anything."""
 
 
 def build(backbone: schema.Backbone, *, seed: int) -> SpeechModel:
@@ -45,12 +49,35 @@ def _make(backbone: schema.Backbone, *, weights: bool) -> SpeechModel:
     kind = Wav2Vec2Model if isinstance(backbone, schema.Wav2Vec2) else WhisperModel
     with quiet_transformers():
         try:
-            return kind(backbone, weights)  # type: ignore[arg-type]
+            model = kind(in_cache(backbone), weights)  # type: ignore[arg-type]
+            model.backbone = backbone
+            return model
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DataError(
                 f"cannot load {backbone.kind} from {backbone.source}: {error}",
                 hint="give a directory in Hugging Face layout, or a hub id that this machine can reach or has cached",
             ) from error
+
+
+def in_cache(backbone: schema.Wav2Vec2 | schema.Whisper) -> schema.Wav2Vec2 | schema.Whisper:
+    """The backbone as a directory, where Hugging Face's cache has all of it: then nobody asks the hub for anything.
+    What was fetched in part only is left to the hub."""
+    if Path(backbone.source).is_dir():
+        return backbone
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            backbone.source, revision=backbone.revision, allow_patterns=OF_A_BACKBONE, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, ValueError):
+        return backbone
+    there = {p.name for p in Path(folder).iterdir()}
+    whisper = {"preprocessor_config.json", "tokenizer_config.json"} if backbone.kind == "whisper" else set()
+    if not {"config.json", *whisper} <= there or not WEIGHTS & there:
+        return backbone
+    return backbone.model_copy(update={"source": folder, "revision": None})
 
 
 def check_source(source: str, kind: str) -> None:
@@ -84,7 +111,7 @@ def check_source(source: str, kind: str) -> None:
             f"backbone {source}: a {is_kind} model, the recipe says kind: {kind}",
             hint="set backbone.kind or backbone.source so that they agree",
         )
-    if not {"model.safetensors", "model.safetensors.index.json"} & set(there):
+    if not WEIGHTS & set(there):
         raise DataError(
             f"backbone {source}: no weights: expected model.safetensors, found {', '.join(there[:8])}",
             hint="copy the weights there as safetensors (pickled weights are not opened), or give a hub id",

@@ -8,6 +8,8 @@ import statistics
 import time
 from datetime import timedelta
 
+OF_A_BACKBONE = ["*.json", "*.safetensors", "*.txt", "*.model"]
+"""The files of a model repository that are wanted: weights that run nothing, and what describes them."""
 BYTES = 4 * 2**20
 ROUNDS = 10
 
@@ -55,9 +57,8 @@ def fetch(options: argparse.Namespace) -> int:
 
     from launcher.errors import DataError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        path = snapshot_download(options.source, revision=options.revision, allow_patterns=patterns)
+        path = snapshot_download(options.source, revision=options.revision, allow_patterns=OF_A_BACKBONE)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise DataError(
             f"cannot fetch {options.source} at {options.revision or 'main'}: {str(error).splitlines()[0]}",

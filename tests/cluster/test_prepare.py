@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ def test_three_hosts_in_good_order_are_green(three: Stub, cluster: Cluster, tmp_
     assert empty(three.root, within_s=0)
 
 
+@pytest.mark.skipif(shutil.which("iptables") is None, reason="needs iptables, to close a port")
 def test_what_is_planted_is_named(three: Stub, cluster: Cluster, golden: Golden, tmp_path: Path) -> None:
     """One host has another package, other code and a closed port; one a full /dev/shm and a name server that does not
     answer; one a shard that was cut short and a clock that is wrong. The clock alone is not real: time is one for all
