@@ -62,10 +62,14 @@ def to_the_end(
             wait_for_the_last(run, recipe.launch.stop_grace)
             recovery.settle(run)
             attempt = prepare_attempt(run, recipe.launch, plan, fresh=fresh)
+            before = -1 if fresh else recovery.sealed(run)
             job = {"job": os.environ["SLURM_JOB_ID"]} if plan.backend == "slurm" else {}
-            note(attempt, "started", sealed=-1 if fresh else recovery.sealed(run), by_hand=by_hand, **job)
+            note(attempt, "started", sealed=before, by_hand=by_hand, **job)
             code, failed = run_attempt(attempt, plan, recipe.launch, tell, received)
-            note(attempt, "ended", code=int(code), sealed=recovery.sealed(run))
+            # What was put aside once is not to be put aside again, and what was not still is.
+            fresh = fresh and not any(e["event"] == "started" for e in rundir.read_lines(attempt.events))
+            after = before if fresh else recovery.sealed(run)
+            note(attempt, "ended", code=int(code), sealed=after)
             if failed is None:
                 return code
             if plan.backend != "local":
@@ -75,25 +79,25 @@ def to_the_end(
             decision = recovery.decide(
                 recovery.past(run), failed, recipe.launch.relaunch, can_move=moved != list(plan.hosts)
             )
-            if received or run.stop_request.exists() or decision.wait_s is None:
-                if decision.wait_s is None and decision.in_vain and not received:
+            if received or run.stop_request.exists():
+                return failed.code
+            if decision.wait_s is None:
+                if decision.in_vain:
                     failed = recovery.no_progress(run, failed, decision.in_vain)
                     rundir.write_json(attempt.failure, failed.to_json())
                 return failed.code
             if plan.backend == "slurm" and failed.kind in recovery.AT_ITS_HOST:
                 return failed.code  # another job may get another host in its place
-            tell(relaunching(attempt, failed, decision.wait_s, recovery.used_again(moved, avoided)))
+            tell(relaunching(attempt, failed, after, decision.wait_s, recovery.used_again(moved, avoided)))
             if not pause(decision.wait_s, run, received):
                 return failed.code
             plan, by_hand = replace(plan, hosts=moved), False
-            # What was put aside once is not to be put aside again, and what was not still is.
-            fresh = fresh and not any(e["event"] == "started" for e in rundir.read_lines(attempt.events))
 
 
-def relaunching(attempt: Attempt, failed: Failure, wait_s: float, used_again: list[str]) -> dict[str, Any]:
+def relaunching(attempt: Attempt, failed: Failure, sealed: int, wait_s: float, used_again: list[str]) -> dict[str, Any]:
     """The event that says what went wrong, and from where the next attempt goes on."""
     steps = [row["step"] for row in rundir.read_lines(attempt.metrics)]
-    step = max(0, recovery.sealed(attempt.run))
+    step = max(0, sealed)
     return {
         "event": "relaunching",
         "attempt": attempt.number,

@@ -131,6 +131,64 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
     assert "state   stopped on request, with its work sealed" in done.stdout  # the ranks had the time to seal
 
 
+# Attempt after attempt ------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_the_wait_is_heard(stub: Stub) -> None:
+    stub.recipe.write_text(stub.recipe.read_text().replace("wait: 0.1s", "wait: 100s"))
+    stub.behave("train", "kill")
+    with stub.start(*stub.command, "launch", "stub.yaml") as process:
+        assert process.stderr is not None
+        assert any(line.startswith("starting again in 100 s from step 0") for line in process.stderr)
+        interrupt(process)
+        process.communicate(timeout=10)
+    assert process.returncode == ExitCode.INFRASTRUCTURE
+    assert len(stub.run.attempts()) == 1
+
+
+def test_a_person_starts_the_count_anew_and_a_requeued_job_goes_on_counting(stub: Stub) -> None:
+    stub.behave("train", "kill")
+    assert stub.speechctl("launch", "stub.yaml").returncode == ExitCode.NO_PROGRESS
+    assert len(stub.run.attempts()) == 3
+    assert failure_of(stub)["kind"] == "killed" and "cause" not in failure_of(stub)
+    last = rundir.read_json(stub.run.attempts()[-1].failure)
+    assert (last["kind"], last["cause"]["kind"], last["rank"]) == ("no progress", "killed", 1)
+    root = str(stub.run.root)
+    requeued = {**stub.env, "SLURM_RESTART_COUNT": "1"}
+    assert stub.speechctl("resume", root, env=requeued).returncode == ExitCode.NO_PROGRESS
+    assert len(stub.run.attempts()) == 4
+    assert stub.speechctl("resume", root).returncode == ExitCode.NO_PROGRESS
+    assert len(stub.run.attempts()) == 7
+
+
+def test_a_fresh_start_that_failed_before_it_began_is_fresh_again(stub: Stub) -> None:
+    """Or the second attempt would go on from the checkpoints that were to be put aside."""
+    stub.behave("train 12", "train 12")
+    assert stub.speechctl("launch", "stub.yaml").returncode == 0
+    stub.behave("kill", "kill", then=("kill", "kill"))
+    done = stub.speechctl("resume", str(stub.run.root), "--fresh")
+    assert done.returncode == ExitCode.NO_PROGRESS, "what was sealed before is no progress"
+    assert "starting again in 0.1 s from step 0 " in done.stderr
+    assert [rundir.read_json(a.env)["fresh"] for a in stub.run.attempts()] == [False, True, True, True]
+
+
+def test_ranks_that_a_lost_launcher_left_are_waited_for(stub: Stub) -> None:
+    """They may be sealing. Their agent holds a lock for as long as it lives."""
+    stub.behave("deaf", "deaf", then=("train 12", "train 12"))
+    stub.recipe.write_text(stub.recipe.read_text().replace("stop_grace: 2s", "stop_grace: 4s"))
+    with launched(stub) as process:
+        interrupt(process, signal.SIGKILL)
+        process.wait()
+        began = time.time()
+        done = stub.speechctl("resume", str(stub.run.root))
+    assert done.returncode == ExitCode.FINISHED, done.stderr
+    first, second = stub.run.attempts()
+    over = rundir.read_json(first.node(0))["time"]
+    assert over - began > 3, "they had their grace"
+    assert rundir.read_lines(second.supervisor)[0]["time"] >= over
+    assert failure_of(stub)["kind"] == "launcher lost"
+
+
 # Failures -------------------------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,8 @@ def check(stub: Stub, cell: Cell, fault: Fault, rank: str, node: str) -> None:
     assert (failure["kind"], failure["code"], failure["verdict"]) == (cell.kind, cell.code, cell.verdict), failure
     named = {"rank": rank, "node": node, "launcher": "the launcher of attempt 1", "run": str(stub.run.root)}
     assert named[cell.culprit] in failure["message"], failure
+    if cell.kind == "host memory":
+        assert "of the 0.20 GiB that its cgroup may use" in failure["message"], "its own cgroup's counter is certain"
     attempts = stub.run.attempts()
     assert len(attempts) == (3 if cell.kind == "no progress" else 2 if cell.verdict == "again" else 1)
     if not fault.launcher and (rows := rundir.read_lines(attempts[0].metrics)):

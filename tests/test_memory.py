@@ -1,0 +1,88 @@
+"""The kernel's counters of processes that it ended for want of memory: real ones, of a real cgroup."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import memory
+from tests.conftest import wait_until
+from tests.faults.conftest import small_cgroup
+
+__all__ = ["small_cgroup"]
+
+HOG = """
+import sys
+open(sys.argv[1], "w").write("0")
+print("there", flush=True)
+sys.stdin.readline()
+held = [b"1" * 2**20 for _ in range(1000)]
+"""
+
+
+def test_a_kill_for_want_of_memory_is_counted_where_it_happened(small_cgroup: Path) -> None:
+    hog = subprocess.Popen(
+        [sys.executable, "-c", HOG, str(small_cgroup / "cgroup.procs")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        assert hog.stdout is not None and hog.stdout.readline() == "there\n"
+        assert memory.cgroup(hog.pid) == small_cgroup
+        assert memory.limit(small_cgroup) == 200 * 2**20
+        watch, other = memory.Watch(), memory.Watch()
+        before = watch.look({"3": hog.pid})
+        other.look({"0": bystander.pid})
+        assert (before["oom_kills"], before["oom_kills_on_machine"], before["limit"]) == (0, 0, 200 * 2**20)
+        assert 2**20 < before["peak_rss"]["3"] < 100 * 2**20
+        hog.communicate("go\n")
+        assert hog.returncode == -9
+        after = watch.look({"3": hog.pid})
+        assert after["oom_kills"] == 1 and after["oom_kills_on_machine"] >= 1
+        assert other.look({"0": bystander.pid})["oom_kills"] == 0, "another cgroup's counter stays as it was"
+        # Whoever looks later, on this machine, sees the same; elsewhere the facts stay as they were.
+        assert memory.look_again(before)["oom_kills"] == 1
+        elsewhere: dict[str, Any] = {**before, "counters": {**before["counters"], "boot": "another"}}
+        assert memory.look_again(elsewhere)["oom_kills"] == 0
+    finally:
+        for process in (hog, bystander):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kills"),
+    [
+        ("memory.events", "low 0\nhigh 0\nmax 3\noom 2\noom_kill 2\noom_group_kill 0\n", 2),
+        ("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n", 5),
+        ("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\n", 0),
+    ],
+)
+def test_both_kinds_of_cgroup_are_read(tmp_path: Path, name: str, text: str, kills: int) -> None:
+    (tmp_path / name).write_text(text)
+    assert memory.kills(tmp_path) == kills
+
+
+def test_the_lowest_limit_above_counts(tmp_path: Path) -> None:
+    group = tmp_path / "job" / "step"
+    group.mkdir(parents=True)
+    assert memory.limit(group) is None
+    (group / "memory.max").write_text("max\n")
+    (tmp_path / "job" / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert memory.limit(group) == 1000
+
+
+def test_a_process_that_is_gone_has_no_vitals() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    wait_until(lambda: memory.status(gone.pid) == {})
+    assert memory.status(os.getpid())["State"] == "R"
+    assert memory.cgroup(gone.pid) is None
