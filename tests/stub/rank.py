@@ -37,10 +37,11 @@ def run(root: Path, stop_flag: list[bool], fresh: bool) -> None:
     if behaviour == "child":
         child = subprocess.Popen(["sleep", "600"], start_new_session=True)
         rundir.write_json(root / "child.json", {"pid": child.pid})
-    train(attempt, stop_flag, steps=int(number or 10**9), deaf=behaviour == "deaf")
+    seal_s = 1.5 if behaviour == "slow" else 0.1  # the others see the request too
+    train(attempt, stop_flag, steps=int(number or 10**9), deaf=behaviour == "deaf", seal_s=seal_s)
 
 
-def train(attempt: Attempt, stop_flag: list[bool], steps: int, deaf: bool) -> None:
+def train(attempt: Attempt, stop_flag: list[bool], steps: int, deaf: bool, seal_s: float) -> None:
     """Fifty steps a second, until asked to stop."""
     rows = {"world_size": int(os.environ["WORLD_SIZE"]), "utterances": 12, "max_steps": 50, "left_out": {}}
     if RANK == 0:
@@ -54,7 +55,7 @@ def train(attempt: Attempt, stop_flag: list[bool], steps: int, deaf: bool) -> No
             more = {"audio_s": 10.0, "step_s": 0.02, "time": time.time()}
             rundir.append_line(attempt.metrics, {**metrics, **more})
         stop = not deaf and (stop_flag[0] or attempt.run.stop_request.exists())
-    time.sleep(0.1)  # the others see the request too
+    time.sleep(seal_s)
     if RANK == 0:
         code = ExitCode.STOPPED if stop else ExitCode.FINISHED
         rundir.write_json(attempt.exit, {"code": code, "step": step, "sealed_step": step})
