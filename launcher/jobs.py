@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher import environment, rundir, secret
 from launcher.backends import slurm
-from launcher.errors import HostError, InfrastructureError, UsageError
+from launcher.errors import HostError, InfrastructureError, SpeechctlError, UsageError
 from launcher.hosts import Host
 from launcher.nodelist import expand_nodelist
 from launcher.plan import Plan
@@ -270,11 +271,13 @@ def has_begun(run: Run) -> bool:
 
 
 def leave_exclusions(run: Run, recipe: Recipe) -> None:
-    """Say which hosts the job's next life is to keep away from, where train.sbatch looks for it."""
-    own = (rundir.read_json(_record(run, os.environ["SLURM_JOB_ID"])) or {}).get("exclude")
-    names = spared(run, recipe)
-    text = ",".join(filter(None, [own, *names])) if names else ""
-    rundir.write_bytes(run.slurm / "exclude", text.encode())
+    """Say which hosts the job's next life is to keep away from, where train.sbatch looks for it. That this fails is no
+    reason for the attempt to end in another way."""
+    with suppress(SpeechctlError):
+        own = (rundir.read_json(_record(run, os.environ["SLURM_JOB_ID"])) or {}).get("exclude")
+        names = spared(run, recipe)
+        text = ",".join(filter(None, [own, *names])) if names else ""
+        rundir.write_bytes(run.slurm / "exclude", text.encode())
 
 
 def spared(run: Run, recipe: Recipe) -> list[str]:
@@ -289,4 +292,6 @@ def spared(run: Run, recipe: Recipe) -> list[str]:
         ["sinfo", "--noheader", "--Node", "--responding", "--states=idle,alloc,mix,comp", "--format=%N", *where]
     )
     left = set(said.stdout.split()) - set(avoided)
+    with suppress(UsageError):  # it may be the name of a file
+        left -= set(expand_nodelist(recipe.launch.slurm.exclude or ""))
     return avoided if said.returncode == 0 and len(left) >= recipe.launch.nodes else []

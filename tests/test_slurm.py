@@ -314,6 +314,105 @@ def test_the_script_outside_of_a_job(arguments: list[str], complaint: str) -> No
     assert complaint.format(script=slurm.SCRIPT) in done.stderr
 
 
+class Inside:
+    """The script as in a job, around a supervisor and a scontrol that are told what to do."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.run, self.bin = root, root / "a run", root / "bin"
+        self.stop = self.run / "control" / "stop"
+        for folder in (self.bin, self.stop.parent, self.run / "slurm"):
+            folder.mkdir(parents=True)
+        self.program("scontrol", f'echo "$*" >>"{root}/asked"; exit "$(cat "{root}/refuses" 2>/dev/null || echo 0)"')
+        self.program("sleep", "exit 0")
+
+    def program(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(f"#!/bin/bash\n{text}\n")
+        (self.bin / name).chmod(0o755)
+
+    def go(self, supervisor: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """
+        Args:
+            supervisor: what it does, in bash; $script is the script.
+        """
+        self.program(
+            "speechctl", f'echo "speechctl $*" >>"{self.root}/asked"; cd "{self.run}"\n{OF_SCRIPT}{supervisor}'
+        )
+        environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+        command = ["bash", str(slurm.SCRIPT), *(arguments or (str(self.run),))]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, cwd=self.root, timeout=20
+        )
+
+    @property
+    def asked(self) -> list[str]:
+        lines = (self.root / "asked").read_text().splitlines()
+        return [line for line in lines if not line.startswith("speechctl resume")]
+
+
+@pytest.fixture
+def inside(tmp_path: Path) -> Inside:
+    return Inside(tmp_path)
+
+
+OF_SCRIPT = "read -r _ _ _ script _ </proc/$PPID/stat; "
+PERSON = """echo '{"why": "speechctl stop"}' >control/stop; """
+WARN = "kill -USR2 $script; while [ ! -e control/stop ]; do read -rt 0.01 <> <(:); done; "
+END = "kill -TERM $script; "
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "again"),
+    [
+        *((f"exit {code}", code, False) for code in (0, 1, 2, 3, 5, 70, 74, 77, 78)),
+        *((f"exit {code}", code, True) for code in (75, 76)),
+        ("kill -KILL $$", 137, True),
+        ("kill -SEGV $$", 139, True),
+        *((PERSON + f"exit {code}", code, False) for code in (75, 76)),
+        (PERSON + "kill -KILL $$", 137, False),
+        (WARN + "exit 75", 75, True),
+        (WARN + "exit 76", 76, True),
+        (WARN + "exit 0", 0, False),
+        (PERSON + WARN + "exit 75", 75, False),
+        (WARN + PERSON + "exit 75", 75, False),
+        (END + "exit 75", 75, False),
+        (END + "kill -KILL $$", 137, False),
+    ],
+)
+def test_which_ends_are_requeued(inside: Inside, does: str, code: int, again: bool) -> None:
+    done = inside.go("trap '' TERM; " + does)
+    assert done.returncode == code, done.stderr
+    assert inside.asked == ["requeue 7"] * again
+
+
+def test_a_warning_before_the_lock_is_said_again(inside: Inside) -> None:
+    """Whoever takes the run's lock removes what was asked of the one before."""
+    wait = "while [ ! -e control/stop ]; do read -rt 0.01 <> <(:); done; "
+    done = inside.go("kill -USR2 $script; " + wait + "rm control/stop; " + wait + "exit 75")
+    assert done.returncode == 75 and inside.asked == ["requeue 7"]
+    assert json.loads(inside.stop.read_text())["why"] == "SLURM: the time limit of this job is near"
+
+
+def test_the_next_life_keeps_away_from_hosts(inside: Inside) -> None:
+    assert inside.go("echo -n 'gpu[01,03]' >slurm/exclude; exit 76").returncode == 76
+    assert inside.asked == ["requeue 7", "update JobId=7 ExcNodeList=gpu[01,03]"]
+
+
+def test_a_requeue_that_is_refused_says_what_to_type(inside: Inside) -> None:
+    (inside.root / "refuses").write_text("1")
+    done = inside.go("exit 75")
+    assert done.returncode == 75 and inside.asked == ["requeue 7"] * 6
+    assert done.stderr.endswith(f"hint: speechctl resume {inside.root}/a\\ run\n")
+
+
+def test_the_script_makes_the_run_of_a_recipe(inside: Inside) -> None:
+    (inside.root / "x y.yaml").touch()
+    supervisor = f'[ "$1" = resume ] && [ "$2" = "{inside.run}" ] && exit 0; echo "{inside.run}"'
+    assert inside.go(supervisor, "x y.yaml", "--set", "name=a b").returncode == 0
+    made = "speechctl launch x y.yaml --backend slurm --set launch.nodes=2 --set name=a b --hold"
+    assert inside.asked == [made]
+    assert inside.go("exit 2", "x y.yaml").returncode == 2
+
+
 def test_in_allocation_outside_of_one(stub: Stub, fakes: Fakes) -> None:
     assert stub.speechctl("launch", "stub.yaml", "--hold").stdout.strip() == str(stub.run.root)
     assert fakes.asked("sbatch") == []

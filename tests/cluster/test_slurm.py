@@ -143,6 +143,7 @@ def test_a_time_limit_is_crossed(two: Two) -> None:
 
 
 def test_scancel_leaves_time_to_seal_and_is_the_end(two: Two) -> None:
+    two.stub.behave("slow", "slow")
     job = two.launch()
     attempt = two.attempt(1)
     two.slurm.at_desk("scancel", job)

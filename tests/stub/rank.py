@@ -78,8 +78,8 @@ class Training:
     """Fifty steps a second, until asked to stop. What goes wrong at the step after the first seal:
 
     `exit 7` ends with that code; `stop` stops itself as by SIGSTOP; `feed` waits for data for ever; `hog FILE` takes
-    memory without end, in the cgroup of that `cgroup.procs`. `deaf` hears no request to stop, waits for
-    nobody and seals nothing.
+    memory without end, in the cgroup of that `cgroup.procs`. `deaf` hears no request to stop, waits for nobody and
+    seals nothing; `slow` takes its time to seal.
     """
 
     def __init__(self, attempt: Attempt, stop_flag: list[bool], behaviour: str, number: str) -> None:
@@ -164,6 +164,8 @@ class Training:
 
     def seal(self) -> None:
         mark("begin", "save", self.step)
+        if self.behaviour == "slow":
+            time.sleep(1.5)
         if RANK == 0 and not self.run.checkpoint(self.step).exists():
             self.run.checkpoints.mkdir(exist_ok=True)
             staged = self.run.checkpoints / f".attempt-{self.attempt.number:04d}"
