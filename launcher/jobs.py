@@ -119,6 +119,8 @@ def look_up(job: str) -> Job:
             return Job(job, found[1], found[2].replace("None", ""))
         if UNREACHABLE in said.stderr:
             return Job(job, UNKNOWN, UNREACHABLE)
+        if said.returncode != 0 and "Invalid job id" not in said.stderr:
+            return Job(job, UNKNOWN, _words(said))
         accounts = _ask(["sacct", "--noheader", "--allocations", f"--jobs={job}", "--parsable2", "--format=State"])
         if accounts.returncode == 0 and accounts.stdout.strip():
             return Job(job, accounts.stdout.split()[0], "")  # `CANCELLED by 1000`
@@ -283,8 +285,7 @@ def leave_exclusions(run: Run, recipe: Recipe) -> None:
 def spared(run: Run, recipe: Recipe) -> list[str]:
     """Hosts at which something failed not long ago, as far as there are enough others: a job that cannot have its
     nodes would wait for ever."""
-    now = time.time()
-    avoided = list(dict.fromkeys(r["host"] for r in rundir.read_lines(run.avoided) if r["until"] > now))
+    avoided = list(rundir.avoided(run))
     if not avoided or recipe.launch.nodes == "auto":
         return []
     where = [f"--partition={recipe.launch.slurm.partition}"] if recipe.launch.slurm.partition else []

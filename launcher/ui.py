@@ -268,8 +268,9 @@ def show(run: Run, value: Report) -> None:
 
 
 def job_of(value: Report, job: dict[str, Any]) -> str:
-    said = f": {value.job['state']} {value.job['reason']}".rstrip() if value.job else ""
-    return f"{job['id']}, submitted {clock(job['time'])}{said}"
+    said = f" {value.job['state']}" if value.job else ""
+    why = f" ({value.job['reason']})" if value.job and value.job["reason"] else ""
+    return f"{job['id']}{said}{why}, submitted {clock(job['time'])}"
 
 
 def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> None:

@@ -31,10 +31,10 @@ Transcript = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def speechctl(tmp_path: Path) -> Transcript:
     """`speechctl ARGUMENTS` in the test's own directory."""
-    inherited = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"}
-    env = {**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "NO_COLOR": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        inherited = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"}
+        env = {**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "NO_COLOR": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "launcher.cli", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
 

@@ -215,7 +215,7 @@ def test_another_attempt_of_the_same_launcher_is_followed(tmp_path: Path, stub: 
         holder.kill()
         assert process.wait(20) == ExitCode.STOPPED
     lines = heard(stub).splitlines()
-    assert lines[-2:] == ["attempt 2 failed: rank 1: ValueError: boom", "step 5: stopped, and sealed"]
+    assert lines[-2:] == ["attempt 2 failed: rank 1 on localhost: ValueError: boom", "step 5: stopped, and sealed"]
 
 
 def test_what_was_before_is_told_in_a_few_lines(stub: Stub) -> None:

@@ -107,8 +107,18 @@ def submitted(run: Run) -> None:
 
 @pytest.mark.parametrize(("name", "change"), [("created", None), ("submitted", submitted)])
 def test_a_run_that_was_not_started(
-    name: str, change: Any, speechctl: Transcript, tmp_path: Path, golden: Golden
+    name: str,
+    change: Any,
+    speechctl: Transcript,
+    tmp_path: Path,
+    golden: Golden,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    squeue = tmp_path_factory.mktemp("bin") / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'PENDING|Priority'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
     run = made_run(tmp_path / "runs" / "stub", "created")
     if change is not None:
         change(run)
@@ -165,7 +175,7 @@ def at_work(run: Run) -> None:
     ranks = {str(r): {"phase": "step", "step": 5, "unchanged_s": 0.3} for r in (2, 3)}
     ranks["3"] = {"phase": "save", "step": 4, "unchanged_s": 45.2}
     rundir.write_json(attempt.root / "progress" / "node-001.json", {"ranks": ranks})
-    for host, until in (("gpu-07", None), ("gpu-08", 100.0), ("gpu-09", 4e9)):
+    for host, until in (("gpu-07", 3e9), ("gpu-08", 100.0), ("gpu-09", 4e9)):
         rundir.append_line(run.avoided, {"host": host, "why": "lost", "until": until})
 
 
@@ -184,7 +194,7 @@ def test_status_across_nodes(speechctl: Transcript, tmp_path: Path, golden: Gold
         ("gpu-03", [0, 1], ["0", "1"]),
         ("gpu-05", [2, 3], []),
     ]
-    assert [(a["host"], a["until"]) for a in value["avoided"]] == [("gpu-07", None), ("gpu-09", 4e9)]
+    assert [(a["host"], a["until"]) for a in value["avoided"]] == [("gpu-07", 3e9), ("gpu-09", 4e9)]
     assert [(s["number"], s["state"], s["code"]) for s in value["history"]] == [
         (1, "interrupted", None),
         (2, "failed", 1),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from launcher import rundir
@@ -65,6 +65,17 @@ class Two:
         wait_until(is_up, timeout_s)
         wait_until(lambda: self.run.attempts()[number - 1].metrics.exists())
         return self.run.attempts()[number - 1]
+
+    def process(self, *signs: str) -> psutil.Process:
+        """Of the run, the one with these words in its command, as soon as there is one."""
+        found: list[psutil.Process] = []
+
+        def is_there() -> bool:
+            found[:] = [p for p in processes_of(self.run.root) if all(sign in p.cmdline() for sign in signs)]
+            return bool(found)
+
+        wait_until(is_there)
+        return found[0]
 
     def log(self, job: str) -> str:
         return (self.run.slurm / f"job-{job}.log").read_text()
@@ -226,24 +237,23 @@ def test_what_is_killed_inside_a_job_starts_another_life(two: Two, what: str) ->
     job = two.launch()
     two.attempt(1)
     signs = {"supervisor": ["--in-allocation"], "srun": ["srun", "--nodelist=node2"]}[what]
-    victim = next(p for p in processes_of(two.run.root) if all(sign in p.cmdline() for sign in signs))
-    victim.send_signal(signal.SIGKILL)
+    two.process(*signs).kill()
     two.stub.behave("train 50", "train 50")
     facts = two.ended(job, "COMPLETED")
     assert facts["Restarts"] == "1" and len(two.run.attempts()) == 2
 
 
-def test_a_host_that_is_to_be_avoided_is_left_out_of_the_next_life(two: Two) -> None:
-    two.stub.behave("kill 1")
+def test_a_host_that_is_lost_is_left_out_of_the_next_life(two: Two) -> None:
     recipe = two.stub.recipe
     recipe.write_text(recipe.read_text().replace("nodes: 2", "nodes: 1"))
     job = two.launch()
     wait_until(lambda: two.run.attempts())
     host = two.slurm.show(job)["NodeList"]
-    rundir.append_line(two.run.avoided, {"host": host, "why": "a test says so", "until": time.time() + 600})
     rundir.append_line(two.run.avoided, {"host": "node9", "why": "long ago", "until": time.time() - 600})
-    wait_until(lambda: two.slurm.show(job)["Restarts"] == "1", 30)
+    step = two.process("srun", f"--nodelist={host}")
+    wait_until(lambda: (two.run.attempts()[0].ranks / "rank-00000.json").exists())
     two.stub.behave("train 50")
+    step.kill()
     facts = two.ended(job, "COMPLETED")
     assert (facts["ExcNodeList"], facts["NodeList"]) == (host, {"node1": "node2", "node2": "node1"}[host])
     assert rundir.read_json(two.run.attempts()[-1].rank(0))["host"] == facts["NodeList"]
