@@ -9,23 +9,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from launcher.jobs import Job
-    from launcher.plan import Plan
-    from launcher.recipe import Recipe
-    from launcher.report import Report
-    from launcher.rundir import Run
 
 app = typer.Typer(
     name="speechctl",
@@ -71,25 +59,21 @@ Subsets = Annotated[
     list[str], typer.Option("--subset", metavar="SUBSET", help="A packed subset, in place of the recipe's; repeatable.")
 ]
 Backend = Literal["local", "ssh", "slurm"]
-NOT_OF: dict[str, tuple[str, ...]] = {
-    "local": ("nodes=auto", "hostfile=null", "include=[]", "exclude=[]"),
-    "ssh": ("processes=auto",),
-    "slurm": ("hostfile=null", "include=[]", "exclude=[]"),
-}
-"""What a recipe may say for another backend, and what undoes it."""
 AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Step = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step.")]
 
 
 def main() -> None:
     """The entry point: every failure ends as one text with a hint and the exit code of its class."""
-    from launcher.errors import ExitCode, SpeechctlError
+    from launcher.errors import AlreadyTold, ExitCode, SpeechctlError
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to fail
     try:
         sys.exit(app(prog_name="speechctl", standalone_mode=False))
+    except AlreadyTold as error:
+        sys.exit(error.exit_code)
     except SpeechctlError as error:
         from launcher import ui
 
@@ -178,11 +162,11 @@ def prepare(
 
     Exit codes: 0 ready (perhaps with warnings), 3 a host cannot be reached, 4 something is red.
     """
-    from launcher import ui
+    from launcher import recipe_file, ui
     from launcher.errors import UsageError
     from launcher.prepare import new_hostfile, run
 
-    with _resolved(recipe, overrides) as (value, path):
+    with recipe_file.resolved(recipe, overrides) as (value, path):
         if write_hostfile is None and (hosts or from_slurm):
             raise UsageError("HOSTs and --from-slurm say what to write", hint="add --write-hostfile FILE")
         if write_hostfile is not None:
@@ -210,10 +194,10 @@ def pack(
 
     A pack that is there already is checked and kept. Ctrl-C is safe: the next `pack` goes on from what is complete.
     """
-    from launcher import ui
+    from launcher import recipe_file, ui, verbs
 
-    with _resolved(recipe, overrides) as (_, path):
-        answer = _worker("pack", str(path), "--processes", str(processes))
+    with recipe_file.resolved(recipe, overrides) as (_, path):
+        answer = verbs.answer_of("pack", str(path), "--processes", str(processes))
     if as_json:
         ui.answer(json.dumps(answer, indent=1))
         return
@@ -225,10 +209,10 @@ def pack(
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show what a launch would do: ranks, batches, steps, memory, commands. Starts and writes nothing."""
-    from launcher import ui
+    from launcher import recipe_file, start, ui
 
-    with _resolved(recipe, overrides) as (value, path):
-        made, _ = _plan(value, path)
+    with recipe_file.resolved(recipe, overrides) as (value, path):
+        made, _ = start.planned(value, path)
     if as_json:
         ui.answer(json.dumps(made.to_json(), indent=1))
     else:
@@ -271,44 +255,16 @@ def launch(
     reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
     something under the run died (resume), 77 out of memory, 78 no progress in several attempts (look into it first).
     """
-    from launcher import environment, follow, new_run, redact, secret, ui
-    from launcher.prepare import run as preflight
-    from launcher.rundir import Run, RunLock
+    from launcher import recipe_file, start
 
     _refuse_both(debug, detach)
     if backend is not None:
-        overrides = [f"launch.backend={backend}", *(f"launch.{word}" for word in NOT_OF[backend]), *overrides]
+        overrides = [*start.for_backend(backend), *overrides]
     if debug:
-        overrides = [*overrides, "launch.backend=local", *(f"launch.{word}" for word in NOT_OF["local"])]
-        overrides += ["launch.processes=1", "zero_stage=off"]
-    with _resolved(recipe, overrides) as (value, path):
-        run = Run(value.run_path)
-        if hold and new_run.is_of(run, path):
-            ui.answer(str(run.root))
-            return
-        if not dry_run and run.root.exists():
-            raise new_run.in_the_way(run)
-        made, facts = _plan(value, path)
-        if dry_run:
-            ui.plan(made)
-            return
-        values = secret.read(environment.secrets(value.launch))
-        redact.use(values.values())
-        secret.refuse_in_recipe(values, recipe.read_text(errors="replace") + path.read_text())
-        preflight.before_launch(value, made.hosts)
-        new_run.create(run, recipe, path, made, facts)
-    if hold:
-        ui.answer(str(run.root))
-        return
-    if value.launch.backend == "slurm":
-        _submit_new(run, value)
-        return
-    steps, ranks = ui.counted(made.max_steps, "step"), ui.counted(made.world_size, "rank")
-    ui.say(f"{made.name}: {steps} on {ranks}, in {run.root}")
-    if detach and follow.is_needed(value.launch.backend):
-        raise typer.Exit(follow.tell_detached(run))
-    with RunLock(run, redact.current.text(" ".join(sys.argv))):
-        _attempt(run, value, made, fresh=False, debug=debug)
+        overrides = [*overrides, *start.DEBUG]
+    with recipe_file.resolved(recipe, overrides) as (value, path):
+        code = start.launch(recipe, value, path, dry_run=dry_run, hold=hold, debug=debug, detach=detach)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -331,67 +287,25 @@ def resume(
     For a run that was stopped, failed or interrupted; it is followed to its end. Ctrl-C and the exit codes are as in
     `launch`. With backend slurm another job is submitted.
     """
-    import dataclasses
+    from launcher import start
+    from launcher.rundir import Run
 
-    from launcher import environment, follow, jobs, new_run, ownership, recipe_file, redact, report, rundir, ui
-    from launcher import plan as plans
-    from launcher.errors import UsageError
-    from launcher.prepare import run as preflight
-    from launcher.rundir import Run, RunLock
-
-    where = Run(run)
     _refuse_both(debug, detach)
-    report.read(where)  # refuses what is no run before anything is written there
-    ownership.refuse_foreign(where)
-    if detach and follow.is_needed(recipe_file.load(where.resolved).launch.backend):
-        raise typer.Exit(follow.tell_detached(where, *["--fresh"] * fresh))
-    with (jobs.LockInJob if in_allocation else RunLock)(where, redact.current.text(" ".join(sys.argv))):
-        state = report.read(where)
-        if state.state == "finished" and state.max_steps in state.sealed and not fresh:
-            ui.say(f"{where.root} is finished")
-            _show(where)
-            return
-        new_run.refuse_edited(where)
-        value = recipe_file.load(where.resolved)
-        if debug and (value.zero_stage != "off" or value.launch.processes != 1):
-            raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {where.root}`")
-        made = plans.Plan.from_json(rundir.read_json(where.plan))
-        if in_allocation:
-            fresh = fresh and not jobs.has_begun(where)  # that was in an earlier life of this job
-            made = dataclasses.replace(made, hosts=jobs.allocation(where, value, made))
-            try:
-                _attempt(where, value, made, fresh=fresh, debug=False)
-            finally:
-                jobs.leave_exclusions(where, value)
-            return
-        if value.launch.backend == "slurm":
-            jobs.refuse_second(where)
-            _say_submitted(where, jobs.submit(where, value, fresh=fresh))
-            return
-        machines = environment.machines(value, rundir.avoided(where))
-        was, now = (sum(h.slots for h in some) for some in (made.hosts, machines))
-        if was != now:
-            place = "on this machine" if value.launch.hostfile is None else f"by {value.launch.hostfile}"
-            raise UsageError(
-                f"{where.root} was launched with {ui.counted(was, 'rank')}; {place} it would have"
-                f" {ui.counted(now, 'rank')}",
-                hint="resume where as many GPUs can be used; another number of ranks cannot take over a run yet",
-            )
-        made = dataclasses.replace(made, hosts=machines)  # another host may have taken the place of one that died
-        preflight.before_launch(value, machines)
-        _attempt(where, value, made, fresh=fresh, debug=debug)
+    code = start.resume(Run(run), fresh=fresh, debug=debug, in_allocation=in_allocation, detach=detach)
+    raise typer.Exit(code)
 
 
 @app.command()
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Show where a run stands, and what to type next."""
-    from launcher import ui
+    from launcher import jobs, ui
     from launcher.rundir import Run
 
+    value = jobs.report_of(Run(run))
     if as_json:
-        ui.answer(json.dumps(_read_with_job(Run(run)).to_json(), indent=1))
+        ui.answer(json.dumps(value.to_json(), indent=1))
     else:
-        _show(Run(run))
+        ui.show(Run(run), value)
 
 
 @app.command()
@@ -484,24 +398,10 @@ def stop(
     wait: Annotated[bool, typer.Option(help="Whether to wait until the run has ended.")] = True,
 ) -> None:
     """Ask a run to finish its step, seal a checkpoint, and end. A job that waits is cancelled."""
-    import time
-
-    from launcher import jobs, report, rundir, supervise, ui
-    from launcher.errors import UsageError
+    from launcher import start
     from launcher.rundir import Run
 
-    where = Run(run)
-    if report.read(where).holder is None:
-        job = jobs.current(where)
-        if job is not None and job.is_there:
-            jobs.cancel(job)
-            ui.answer(f"{where.root}: job {job.id} is cancelled")
-            return
-        raise UsageError(f"{where.root} is not running", hint=f"`speechctl status {where.root}` shows how it ended")
-    supervise.request_stop(where, "speechctl stop")
-    while wait and rundir.holder(where) is not None:
-        time.sleep(0.2)
-    ui.answer(f"{where.root}: {report.read(where).state if wait else 'asked to stop'}")
+    start.stop(Run(run), wait=wait)
 
 
 # After a run ---------------------------------------------------------------------------------------------------------
@@ -517,7 +417,7 @@ def evaluate(
     """Compute the WER of a sealed checkpoint, in one process and in fp32."""
     import re
 
-    from launcher import report, ui
+    from launcher import report, ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.recipe import NAME
@@ -533,7 +433,7 @@ def evaluate(
     name = "-".join([f"step-{step:08d}.evaluate", *subset])
     options = [x for s in subset for x in ("--subset", s)]
     target = where.evaluations / f"{name}.json"
-    answer = _worker("evaluate", str(where.root), "--step", str(step), "--target", str(target), *options)
+    answer = verbs.answer_of("evaluate", str(where.root), "--step", str(step), "--target", str(target), *options)
     if as_json:
         ui.answer(json.dumps(answer, indent=1))
         return
@@ -554,7 +454,7 @@ def export(
     checkpoint: Step = "best",
 ) -> None:
     """Write a checkpoint's model as a directory that other programs load."""
-    from launcher import report, ui
+    from launcher import report, ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.rundir import Run
@@ -565,7 +465,7 @@ def export(
     folder = (target or where.exports / f"step-{step:08d}").absolute()
     if folder.exists():
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
-    _worker("export", str(where.root), "--step", str(step), "--target", str(folder), parse=False)
+    verbs.said_by("export", str(where.root), "--step", str(step), "--target", str(folder))
     ui.answer(str(folder))
 
 
@@ -576,125 +476,14 @@ def transcribe(
     as_json: AsJson = False,
 ) -> None:
     """Print what a model hears in sound files."""
+    from launcher import verbs
     from launcher.errors import printable
 
-    said = _worker("transcribe", "--", str(model), *map(str, files), parse=False).splitlines()
+    said = verbs.said_by("transcribe", "--", str(model), *map(str, files)).splitlines()
     for line in (text for text in said if text.startswith("{")):  # libraries may say something too
         row = json.loads(line)
         # Not through rich, which makes blanks of a tab: this is for `cut -f2`.
         print(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
-
-
-# What the commands share ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _resolved(path: Path, overrides: list[str]) -> Iterator[tuple[Recipe, Path]]:
-    """The recipe with overrides applied and paths made absolute, and a file that says so for the worker."""
-    from launcher import recipe_file
-
-    value = recipe_file.absolute(recipe_file.load(path, overrides), Path.cwd())
-    with tempfile.TemporaryDirectory(prefix="speechctl-") as folder:
-        file = Path(folder) / "resolved.yaml"
-        file.write_text(recipe_file.dump(value))
-        yield value, file
-
-
-def _worker(*arguments: str, parse: bool = True) -> Any:
-    """What a verb of the worker answered. It has printed its own error where it failed."""
-    from launcher import account, supervise
-    from launcher.errors import InfrastructureError, SpeechctlError
-
-    done = supervise.ask_worker(list(arguments))
-    if done.returncode < 0:
-        raise InfrastructureError(
-            f"the worker's `{arguments[0]}` was ended by {account.name_of(-done.returncode)}",
-            hint="look at the memory of this machine, then try again",
-        )
-    if done.returncode == 1:
-        raise SpeechctlError(
-            f"the worker's `{arguments[0]}` failed in a way that it does not expect; its traceback is above",
-            hint="mend what it names if that is on this machine; otherwise it is a bug of speechctl: report it",
-        )
-    if done.returncode != 0:
-        print(done.stdout, end="")
-        raise typer.Exit(done.returncode)
-    # Libraries may say something on stdout before the answer, which is one line.
-    return json.loads(done.stdout.splitlines()[-1]) if parse else done.stdout
-
-
-def _plan(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
-    """What the recipe comes to on this machine, and the facts it was made from."""
-    from launcher import environment, facts
-    from launcher import plan as plans
-
-    machines = environment.machines(value)
-    world_size = sum(h.slots for h in machines)
-    told = facts.known(value, world_size)
-    if told is None:
-        told = dict(_worker("facts", str(path), "--world-size", str(world_size)))
-        facts.remember(value, world_size, told)
-    return plans.make(value, machines, told), told
-
-
-def _attempt(run: Run, value: Recipe, made: Plan, *, fresh: bool, debug: bool) -> None:
-    """Attempts to the end of the run; ends the command with its exit code."""
-    from launcher import rundir, supervise, ui
-    from launcher.errors import ExitCode
-
-    progress = ui.Progress(value.max_steps)
-    if debug:
-        code = supervise.run_debug(supervise.prepare_attempt(run, value.launch, made, fresh=fresh))
-    else:
-        by_hand = "SLURM_RESTART_COUNT" not in os.environ  # a job that was requeued goes on counting
-        code = supervise.to_the_end(run, value, made, progress, fresh=fresh, by_hand=by_hand)
-    failure = rundir.read_json(run.attempts()[-1].failure)
-    if failure is not None:
-        evidence = "\n          ".join(failure["evidence"])
-        ui.error(f"error: {failure['message']}\n\nevidence: {evidence}\n\nhint: {failure['hint']}")
-        raise typer.Exit(code)
-    _show(run)
-    if code != ExitCode.FINISHED:
-        raise typer.Exit(code)
-
-
-def _submit_new(run: Run, value: Recipe) -> None:
-    """A job for a run that was just made; where SLURM refuses it, there is no run either."""
-    import shutil
-
-    from launcher import jobs
-
-    try:
-        job = jobs.submit(run, value)
-    except BaseException:
-        shutil.rmtree(run.root)
-        raise
-    _say_submitted(run, job)
-
-
-def _say_submitted(run: Run, job: Job) -> None:
-    from launcher import ui
-
-    log = run.slurm / f"job-{job.id}.log"
-    ui.grid([("job", job.id), ("run", str(run.root)), ("log", str(log))])
-    ui.commands_next([f"speechctl {verb} {shlex.quote(str(run.root))}" for verb in ("status", "attach", "stop")])
-
-
-def _read_with_job(run: Run) -> Report:
-    """The report of a run, with what SLURM says of its last job, if it had one."""
-    import dataclasses
-
-    from launcher import jobs, report
-
-    value = report.read(run)
-    job = None if jobs.is_inside(run) else jobs.current(run)
-    return value if job is None else dataclasses.replace(value, job=job.to_json())
-
-
-def _show(run: Run) -> None:
-    from launcher import ui
-
-    ui.show(run, _read_with_job(run))
 
 
 def _refuse_both(debug: bool, detach: bool) -> None:

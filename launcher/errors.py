@@ -88,6 +88,14 @@ class InfrastructureError(SpeechctlError):
     exit_code = ExitCode.INFRASTRUCTURE
 
 
+class AlreadyTold(Exception):
+    """A process of ours failed and has said why on stderr itself: only its exit code is to be handed on."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 def printable(text: str) -> str:
     """`text` with every control character but the newline written as an escape, and whatever else would end or turn
     a line."""

@@ -13,8 +13,8 @@ from typing import Any
 
 from launcher import logs, report, rundir, ui
 from launcher.errors import ExitCode, InfrastructureError, UsageError
+from launcher.events import Follower
 from launcher.rundir import Run
-from launcher.supervise import Follower
 
 POLL_S = 0.2
 
@@ -108,8 +108,7 @@ def tell_end(run: Run) -> int:
             hint=f"`speechctl why {run.root}` shows what is known, `speechctl resume {run.root}` goes on",
         )
     if value.state == "failed" and value.failure is not None:
-        evidence = "\n          ".join(report.evidence(value.failure))
-        ui.error(f"error: {value.failure['message']}\n\nevidence: {evidence}\n\nhint: {value.failure['hint']}")
+        ui.failed(value.failure)
     else:
         ui.show(run, value)
     return value.exit_code or 0

@@ -12,17 +12,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher import environment, rundir, secret
+from launcher import environment, report, rundir, secret
 from launcher.backends import slurm
 from launcher.errors import HostError, InfrastructureError, SpeechctlError, UsageError
 from launcher.hosts import Host
 from launcher.nodelist import expand_nodelist
 from launcher.plan import Plan
 from launcher.recipe import Recipe
+from launcher.report import Report
 from launcher.rundir import Run, RunLock
 
 ENDED = {
@@ -127,6 +128,13 @@ def look_up(job: str) -> Job:
         return Job(job, UNKNOWN, "SLURM has forgotten it")
     except HostError as error:
         return Job(job, UNKNOWN, error.message)
+
+
+def report_of(run: Run) -> Report:
+    """The report of a run, with what SLURM says of its last job, if it had one."""
+    value = report.read(run)
+    job = None if is_inside(run) else current(run)
+    return value if job is None else replace(value, job=job.to_json())
 
 
 def refuse_second(run: Run) -> None:

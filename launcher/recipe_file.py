@@ -10,7 +10,9 @@ import io
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -70,6 +72,16 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
     if source is not None and (source.startswith((".", "/")) or os.path.isdir(base / source)):
         update["backbone"] = recipe.backbone.model_copy(update={"source": str(base / source)})
     return recipe.model_copy(update=update)
+
+
+@contextmanager
+def resolved(path: Path, overrides: Sequence[str]) -> Iterator[tuple[Recipe, Path]]:
+    """The recipe in `path` with overrides applied and paths made absolute, and a file that says so for the worker."""
+    value = absolute(load(path, overrides), Path.cwd())
+    with tempfile.TemporaryDirectory(prefix="speechctl-") as folder:
+        file = Path(folder) / "resolved.yaml"
+        file.write_text(dump(value))
+        yield value, file
 
 
 def dump(recipe: Recipe) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import math
 import os
 import signal
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from secrets import token_hex
@@ -22,25 +21,13 @@ from typing import Any
 from launcher import environment, hang, memory, ownership, recovery, redact, rundir, secret
 from launcher.backends import BACKENDS
 from launcher.errors import ExitCode, HostError
+from launcher.events import Follower, Tell
 from launcher.failure import Failure, conclude, read_progress, resume
 from launcher.node import DUMP, END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
 from launcher.plan import Plan
 from launcher.recipe import Deadlines, Launch, Recipe
 from launcher.recovery import note
 from launcher.rundir import Attempt, Run
-
-Tell = Callable[[dict[str, Any]], None]
-"""Called with each event of the attempt, as it happens."""
-
-# The worker in one process -------------------------------------------------------------------------------------------
-
-
-def ask_worker(arguments: list[str], stderr: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run one verb of the worker here; its answer is caught, its progress and errors go to our stderr unless told."""
-    env = {**os.environ, **environment.base_variables(1)}
-    command = [sys.executable, "-m", WORKER, *arguments]
-    return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
-
 
 # Attempt after attempt -----------------------------------------------------------------------------------------------
 
@@ -388,27 +375,3 @@ def interrupts() -> Iterator[list[int]]:
 def request_stop(run: Run, why: str) -> None:
     run.stop_request.parent.mkdir(exist_ok=True)
     rundir.write_json(run.stop_request, {"why": why, "time": time.time()})
-
-
-class Follower:
-    """Hands on the lines that rank 0 appends to its events and metrics, each once."""
-
-    def __init__(self, attempt: Attempt, tell: Tell) -> None:
-        self.offsets = dict.fromkeys((attempt.events, attempt.metrics), 0)
-        self.tell = tell
-
-    def once(self) -> None:
-        fresh: list[dict[str, Any]] = []
-        for path, offset in self.offsets.items():
-            if not path.exists():
-                continue
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            self.offsets[path] = offset + len(whole)
-            for line in whole.splitlines():
-                with suppress(ValueError):  # progress is not worth a run
-                    fresh.append(json.loads(line))
-        for row in sorted(fresh, key=lambda r: float(r["time"])):
-            self.tell(row)

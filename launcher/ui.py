@@ -63,6 +63,12 @@ def error(text: str) -> None:
         say(rest)
 
 
+def failed(failure: dict[str, Any]) -> None:
+    """A failure.json, in the form of every other error."""
+    evidence = "\n          ".join(reports.evidence(failure))
+    error(f"error: {failure['message']}\n\nevidence: {evidence}\n\nhint: {failure['hint']}")
+
+
 def say(text: str, style: str = "") -> None:
     """A line of progress. A terminal that was closed is no reason to end a run."""
     with suppress(OSError):

@@ -46,9 +46,11 @@ ORDER = (
     "vitals",
     "node",
     "account",
+    "verbs",
     "failure",
     "recovery",
     "hang",
+    "events",
     "supervise",
     "jobs",
     "probe",
@@ -69,6 +71,7 @@ ORDER = (
     "prepare.run",
     "ui",
     "follow",
+    "start",
     "cli",
 )
 """The control side. A module imports only modules that stand before it."""

@@ -16,6 +16,7 @@ import pytest
 
 from launcher import environment, rundir, supervise
 from launcher.errors import ExitCode
+from launcher.events import Follower
 from launcher.failure import KINDS
 from launcher.recipe import Launch
 from tests.conftest import Stub, gone, wait_until
@@ -279,7 +280,7 @@ def test_a_node_that_cannot_start_is_explained_by_its_log(stub: Stub, damage: An
 def test_each_line_is_told_once_and_only_when_it_is_whole(stub: Stub) -> None:
     told: list[dict[str, Any]] = []
     ended = stub.attempt()
-    follow = supervise.Follower(ended, told.append)
+    follow = Follower(ended, told.append)
     follow.once()
     rundir.append_line(ended.events, {"event": "started", "time": 1.0})
     rundir.append_line(ended.metrics, {"step": 1, "time": 3.0})

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import launcher
-from launcher import supervise
+from launcher import verbs
 from launcher.prepare.checks import Check, several
 from launcher.prepare.findings import Needs
 from launcher.prepare.look import Crew
@@ -57,7 +57,7 @@ def _here(needs: Needs, red: set[tuple[str, str]]) -> Iterator[str]:
             yield f"could not make {parent}: {error.strerror}"
     if needs.source is not None and not os.path.isabs(needs.source) and any(n == "backbone" for n, _ in red):
         revision = ["--revision", needs.revision] if needs.revision else []
-        asked = supervise.ask_worker(["fetch", needs.source, *revision], stderr=subprocess.PIPE)
+        asked = verbs.ask(["fetch", needs.source, *revision], stderr=subprocess.PIPE)
         said = next((line for line in asked.stderr.splitlines() if line.startswith("error: ")), asked.stderr[-300:])
         yield f"fetched {needs.source}" if asked.returncode == 0 else said.removeprefix("error: ")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import environment, hosts, supervise
+from launcher import environment, hosts, verbs
 from launcher import plan as plans
 from launcher.errors import ExitCode, HostError, PreflightError, SpeechctlError
 from launcher.hosts import Host
@@ -119,7 +119,7 @@ def planned_sizes(path: Path, recipe: Recipe, machines: Sequence[Host]) -> Sizes
     ranks = sum(h.slots for h in machines)
 
     def sizes() -> Plan:
-        done = supervise.ask_worker(["facts", str(path), "--world-size", str(ranks)], stderr=subprocess.PIPE)
+        done = verbs.ask(["facts", str(path), "--world-size", str(ranks)], stderr=subprocess.PIPE)
         if done.returncode != 0:
             said = [line for line in done.stderr.splitlines() if line.strip()]
             first = next((line.removeprefix("error: ") for line in said if line.startswith("error: ")), None)

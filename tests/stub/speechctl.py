@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher import cli, environment, hosts
+from launcher import cli, environment, hosts, start
 from launcher import plan as plans
 from launcher.plan import Plan
 from launcher.prepare import run
@@ -33,6 +33,6 @@ def made_up(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    cli._plan = made_up
+    start.planned = made_up
     run.planned_sizes = lambda path, recipe, machines: lambda: plans.make(recipe, machines, FACTS)
     cli.main()
