@@ -1,7 +1,8 @@
 """Whether the kernel ended processes because memory ran out: its own counters, of a cgroup and of the whole machine.
 
 A SIGKILL says nothing about who sent it. A cgroup's counter rises when one of its processes was ended for want of
-memory, which is certain; the machine's counter may have risen for somebody else's process.
+memory, the cgroup's or the machine's (`__oom_kill_process` in the kernel's mm/oom_kill.c counts in both places). The
+machine's counter may have risen for somebody else's process: it is asked only where a cgroup's cannot be read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.machine_base = machine_kills()
-        self.base: dict[str, int] = {}
+        self.base: dict[str, int | None] = {}
         self.peaks: dict[str, int] = {}
 
     def look(self, pids: Mapping[str, int]) -> dict[str, Any]:
@@ -31,8 +32,9 @@ class Watch:
             pids: the processes by what to call them, such as their ranks.
 
         Returns:
-            `oom_kills` in their cgroups and `oom_kills_on_machine` since the first look, `limit` (the lowest of their
-            cgroups; absent where there is none), `machine` (its memory) and `peak_rss` by name; all in bytes.
+            `oom_kills` in their cgroups since the first look, `oom_kills_on_machine` where the former may have missed
+            some, `limit` (the lowest of their cgroups; absent where there is none), `machine` (its memory) and
+            `peak_rss` by name; all in bytes.
         """
         for name, pid in pids.items():
             if (group := cgroup(pid)) is not None and str(group) not in self.base:
@@ -51,8 +53,10 @@ def look_again(facts: dict[str, Any]) -> dict[str, Any]:
     counters = facts.get("counters")
     if counters is None or counters["boot"] != boot():
         return facts
-    in_cgroups = sum(max(0, kills(Path(group)) - base) for group, base in counters["base"].items())
-    on_machine = machine_kills() - counters["machine_base"]
+    changes = [(base, kills(Path(group))) for group, base in counters["base"].items()]
+    in_cgroups = sum(max(0, now - base) for base, now in changes if base is not None and now is not None)
+    is_blind = not changes or any(base is None or now is None for base, now in changes)
+    on_machine = machine_kills() - counters["machine_base"] if is_blind else 0
     return {**facts, "oom_kills": in_cgroups, "oom_kills_on_machine": on_machine}
 
 
@@ -70,12 +74,12 @@ def cgroup(pid: int) -> Path | None:
     return None
 
 
-def kills(group: Path) -> int:
-    """How many of a cgroup's processes the kernel ended for want of memory."""
+def kills(group: Path) -> int | None:
+    """How many of a cgroup's processes the kernel ended for want of memory; None where it does not say."""
     for name in ("memory.events", "memory.oom_control"):
         if found := re.search(r"(?m)^oom_kill (\d+)$", _text(group / name)):
             return int(found[1])
-    return 0
+    return None
 
 
 def limit(group: Path) -> int | None:
