@@ -420,7 +420,7 @@ def evaluate(
     from launcher import report, ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
-    from launcher.recipe import NAME
+    from launcher.recipe_values import NAME
     from launcher.rundir import Run
 
     where = Run(run)
@@ -497,7 +497,7 @@ def _length_of_time(option: str, text: str) -> float:
     from pydantic import TypeAdapter, ValidationError
 
     from launcher.errors import UsageError
-    from launcher.recipe import Seconds
+    from launcher.recipe_values import Seconds
 
     try:
         return TypeAdapter(Seconds).validate_python(text)

@@ -12,7 +12,8 @@ from pathlib import Path
 from launcher import hosts, secret
 from launcher.errors import PreflightError, SpeechctlError, UsageError
 from launcher.hosts import Host
-from launcher.recipe import Launch, Recipe
+from launcher.recipe import Recipe
+from launcher.recipe_launch import Launch
 
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHONPATH|LD_LIBRARY_PATH|XDG_\w+|CUDA_\w+|NCCL_\w+"

@@ -14,7 +14,7 @@ from typing import Any
 from launcher import rundir
 from launcher.errors import DataError
 from launcher.failure import Failure, places, read_progress, resume
-from launcher.recipe import Deadlines
+from launcher.recipe_launch import Deadlines
 from launcher.rundir import Attempt
 
 SILENT_S = 30.0

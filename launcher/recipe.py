@@ -1,47 +1,19 @@
 """The recipe: one YAML file that says what one whole run is, and its schema.
 
-Every field is documented under itself, with its unit. Reading the file, overrides and located errors are in
-`recipe_file.py`; what a recipe comes to on given hosts is in `plan.py`.
+Every field is documented under itself, with its unit. The section `launch` is in `recipe_launch.py`, units are in
+`recipe_values.py`; reading the file, overrides and located errors are in `recipe_file.py`; what a recipe comes to on
+given hosts is in `plan.py`.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-# Quantities ----------------------------------------------------------------------------------------------------------
-
-_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_COUNT = {"k": 10**3, "M": 10**6}
-
-
-def _with_unit(value: Any, units: dict[str, float], example: str) -> Any:
-    """`"2h"` -> 7200 by the table; numbers pass through for pydantic to judge, `1e4` as the whole number it is."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str):
-        return value
-    if units is _SECONDS and (clock := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value.strip())):
-        days, hours, minutes, seconds = (int(g or 0) for g in clock.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z]+)", value.strip())
-    if match is None or match[2] not in units:
-        raise ValueError(f"expected a number, or one with a unit ({', '.join(units)}) such as {example}")
-    number = float(match[1]) * units[match[2]]
-    return int(number) if number.is_integer() else number
-
-
-def _plain_path(value: Any) -> Any:
-    """Refuses what would silently make a directory of the wrong name."""
-    if value == "":
-        raise ValueError("expected a path")
-    if isinstance(value, str) and re.search(r"^~|\$\w|\$\{", value):
-        raise ValueError("expected a path written out: `~` and environment variables are not expanded")
-    return value
+from launcher.recipe_launch import Launch
+from launcher.recipe_values import Bytes, Count, Decay, Fraction, Location, Name, Seconds, Section
 
 
 def _no_bool(value: Any) -> Any:
@@ -51,194 +23,10 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-Seconds = Annotated[float, BeforeValidator(lambda v: _with_unit(v, _SECONDS, "30s or 02:00:00")), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(lambda v: _with_unit(v, _BYTES, "64MiB")), Field(gt=0)]
-Count = Annotated[int, BeforeValidator(lambda v: _with_unit(v, _COUNT, "10k")), Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Location = Annotated[Path, BeforeValidator(_plain_path), Field(strict=False)]
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-Name = Annotated[str, Field(pattern=f"^{NAME}$")]
-
-
 def _each_once(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("expected each subset once; one that is named twice would count twice")
     return names
-
-
-class Section(BaseModel):
-    """A mapping of the recipe. A key that is not in the schema is an error, never ignored."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
-    )
-
-
-# Sections ------------------------------------------------------------------------------------------------------------
-
-
-class Deadlines(Section):
-    """How long a rank may show no progress before the run is taken for hung: stacks are dumped, the rank that differs
-    is named, and the attempt ends."""
-
-    start: Seconds = 900
-    """From the start of a rank to its first step, or from one sign of progress to the next in between: imports,
-    weights, packs, the first meeting of the ranks."""
-
-    step: Seconds = 300
-    """Between two signs of progress in a step or an evaluation."""
-
-    save: Seconds = 900
-    """Inside the save of a checkpoint."""
-
-
-class Relaunch(Section):
-    """What follows a failure that is not of the recipe's or the code's making: all ranks start again, from the newest
-    checkpoint that verifies."""
-
-    attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """So many attempts in a row without a new checkpoint end the run (exit 78)."""
-
-    wait: Seconds = 5
-    """Before the next attempt; doubled after each further one without a new checkpoint, up to ten minutes."""
-
-    avoid: Seconds = 86400
-    """How long a host at which a failure happened is left out, where another can take its place."""
-
-
-SBATCH_OWN = (
-    *("nodes", "ntasks", "ntasks-per-node", "export", "export-file", "requeue", "no-requeue", "open-mode", "signal"),
-    *("output", "error", "array", "wrap", "parsable", "test-only", "wait", "chdir", "input"),
-)
-"""Options of sbatch that the launcher sets itself or cannot work with."""
-
-
-def _sbatch_option(text: str) -> str:
-    match = re.fullmatch(r"--([a-z][a-z-]*)(=.*)?", text, flags=re.DOTALL)
-    if match is None:
-        raise ValueError("expected a long option of sbatch, written as one word: --name or --name=value")
-    if match[1] in SBATCH_OWN:
-        raise ValueError(f"--{match[1]} is set by speechctl or cannot be used here")
-    return text
-
-
-class Slurm(Section):
-    """How a job is asked for. What is left out, the cluster decides."""
-
-    partition: str | None = None
-    """--partition."""
-
-    account: str | None = None
-    """--account."""
-
-    qos: str | None = None
-    """--qos."""
-
-    gres: str | None = None
-    """--gres for each node, such as `gpu:8`."""
-
-    time: Seconds | None = None
-    """--time, the limit of one job. A run that needs longer is saved, requeued and goes on."""
-
-    exclude: str | None = None
-    """--exclude, as a SLURM node list: `gpu[03-05]`."""
-
-    warning: Seconds = 180
-    """How long before the time limit the ranks are asked to save and stop. SLURM may say it up to a minute early."""
-
-    options: list[Annotated[str, AfterValidator(_sbatch_option)]] = []
-    """Any other options of sbatch, each as one word: `--mem=0`, `--constraint=h100`, `--comment=two words`."""
-
-
-def _secret(text: str) -> str:
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(=/.+)?", text) is None:
-        raise ValueError("expected NAME, or NAME=FILE with the file's absolute path")
-    return text
-
-
-class Launch(Section):
-    backend: Literal["local", "ssh", "slurm"] = "local"
-    """How the nodes are reached. `local`: this machine. `ssh`: the machines of `hostfile`. `slurm`: a job's."""
-
-    nodes: Literal["auto"] | Annotated[int, Field(ge=1, le=10_000)] = "auto"
-    """How many hosts to use. ssh: of those in the hostfile, in its order, and the others take the place of one that
-    fails; `auto`: all. slurm: how many to ask for."""
-
-    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    """Ranks on each node. `auto`: one for each GPU, or one where there is none; with slurm, as many as `slurm.gres`
-    has GPUs. Over ssh the hostfile says it."""
-
-    hostfile: Location | None = None
-    """The machines, a line for each: `gpu-01 slots=8`. The first is the head node, where the ranks meet."""
-
-    include: list[str] = []
-    """Use only these hosts and slots of the hostfile, in DeepSpeed's grammar: `gpu-01`, `gpu-02:0,2`, `gpu-0*`."""
-
-    exclude: list[str] = []
-    """Leave out these hosts and slots of the hostfile."""
-
-    device: Literal["auto", "cpu"] = "auto"
-    """What ranks compute on. `auto`: GPUs, where there are any. `cpu`: leave GPUs alone."""
-
-    stop_grace: Seconds = 120
-    """After a request to stop: how long ranks may take to finish their step and seal, before they are killed."""
-
-    secrets: list[Annotated[str, AfterValidator(_secret)]] = []
-    """Environment variables for the ranks that nobody else may see: `HF_TOKEN` takes the value from the environment of
-    the launcher, `HF_TOKEN=/home/me/.token` from a file. No value is written anywhere; in logs it is blacked out."""
-
-    deadlines: Deadlines = Deadlines()
-    """When a rank that shows no progress is taken for hung."""
-
-    relaunch: Relaunch = Relaunch()
-    """What follows a failure of the machines."""
-
-    slurm: Slurm = Slurm()
-    """How a SLURM job is asked for; the other backends do not look at it."""
-
-    @model_validator(mode="after")
-    def _hosts(self) -> Launch:
-        if self.backend == "ssh" and self.hostfile is None:
-            raise ValueError("backend ssh needs launch.hostfile, the file that names its machines")
-        if self.backend == "ssh" and self.processes != "auto":
-            raise ValueError("launch.processes is not for backend ssh: there the hostfile says slots=N for each host")
-        if self.backend != "ssh" and (self.hostfile or self.include or self.exclude):
-            raise ValueError(f"hostfile, include and exclude are of backend ssh, and the backend is {self.backend}")
-        if self.backend == "local" and self.nodes not in ("auto", 1):
-            raise ValueError("backend local is this machine, one node; launch.nodes is of backends ssh and slurm")
-        names = [entry.partition("=")[0] for entry in self.secrets]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"secrets names {', '.join(twice)} twice")
-        if self.backend == "slurm" and (without := [entry for entry in self.secrets if "=" not in entry]):
-            raise ValueError(
-                f"a SLURM job has not the environment it was submitted from: give the files of the secrets,"
-                f" {without[0]}=/path/of/a/file"
-            )
-        if self.backend == "slurm" and (waiting := [name for name in self.secrets if "=" not in name]):
-            raise ValueError(
-                f"under SLURM a secret comes from a file, as {waiting[0]}=/path/of/a/file: what is in the environment"
-                " would wait in the queue with the job, where SLURM keeps it"
-            )
-        if self.backend == "slurm" and self.nodes == "auto":
-            raise ValueError("backend slurm needs launch.nodes, how many nodes to ask for")
-        if self.backend == "slurm":
-            self._time_to_save()
-        return self
-
-    def _time_to_save(self) -> None:
-        """A job that SLURM ends in the middle of a save is not requeued by anybody."""
-        time, warning, grace = self.slurm.time, self.slurm.warning, self.stop_grace
-        if time is not None and time <= warning + 60:
-            raise ValueError(
-                f"slurm.time, {time:g} s, leaves nothing to train in: SLURM may warn slurm.warning, {warning:g} s, and"
-                f" 60 s more before that, {warning + 60:g} s in all"
-            )
-        if warning < grace + 10:
-            raise ValueError(
-                f"slurm.warning, {warning:g} s, must be longer than launch.stop_grace, {grace:g} s, and 10 s for the"
-                f" end of a job: at least {grace + 10:g} s"
-            )
 
 
 class Synthesize(Section):

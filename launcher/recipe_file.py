@@ -23,7 +23,8 @@ from ruamel.yaml import YAML
 
 from launcher.errors import UsageError
 from launcher.located_yaml import Problem, Source, Tree, Unreadable, Where, dotted, found, plain
-from launcher.recipe import Recipe, Section
+from launcher.recipe import Recipe
+from launcher.recipe_values import Section
 
 MAX_BYTES = 2**20
 MAX_SHOWN = 50

@@ -14,7 +14,7 @@ from typing import Any
 from launcher import failure, rundir
 from launcher.failure import Failure
 from launcher.hosts import Host
-from launcher.recipe import Relaunch
+from launcher.recipe_launch import Relaunch
 from launcher.rundir import Attempt, Run
 
 LONGEST_WAIT_S = 600.0

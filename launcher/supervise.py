@@ -25,7 +25,8 @@ from launcher.events import Follower, Tell
 from launcher.failure import Failure, conclude, read_progress, resume
 from launcher.node import DUMP, END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
 from launcher.plan import Plan
-from launcher.recipe import Deadlines, Launch, Recipe
+from launcher.recipe import Recipe
+from launcher.recipe_launch import Deadlines, Launch
 from launcher.recovery import note
 from launcher.rundir import Attempt, Run
 

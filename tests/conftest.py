@@ -23,7 +23,7 @@ from launcher import plan, recipe_file, rundir, supervise
 from launcher.failure import Failure
 from launcher.hosts import Host
 from launcher.plan import Plan
-from launcher.recipe import Launch
+from launcher.recipe_launch import Launch
 from launcher.rundir import Attempt, Run
 from tests.stub.speechctl import FACTS
 

@@ -25,6 +25,8 @@ ORDER = (
     "memory",
     "located_yaml",
     "nodelist",
+    "recipe_values",
+    "recipe_launch",
     "recipe",
     "recipe_file",
     "redact",
@@ -76,7 +78,7 @@ ORDER = (
 )
 """The control side. A module imports only modules that stand before it."""
 
-CONTRACT = {"errors", "marks", "recipe", "recipe_file", "redact", "rundir"}
+CONTRACT = {"errors", "marks", "recipe", "recipe_file", "recipe_launch", "redact", "rundir"}
 """All of the control side that the worker knows. Both sides write logs, and neither may write a secret there."""
 
 ONLY_IN = {"typer": "cli", "rich": "ui"}

@@ -16,7 +16,7 @@ import pytest
 from launcher import hang, marks, rundir, vitals
 from launcher.hang import behind, differs
 from launcher.hosts import Host
-from launcher.recipe import Deadlines
+from launcher.recipe_launch import Deadlines
 from launcher.rundir import Attempt
 from tests.conftest import RECIPE, Stub, gone, wait_until
 

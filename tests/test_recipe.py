@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from launcher.errors import ExitCode, SpeechctlError
-from launcher.recipe import Batch, Checkpoint, Data, Launch, Recipe, TinyCtc, Wav2Vec2
+from launcher.recipe import Batch, Checkpoint, Data, Recipe, TinyCtc, Wav2Vec2
 from launcher.recipe_file import RecipeError, absolute, dump, load
+from launcher.recipe_launch import Launch
 
 GOLDEN = Path(__file__).parent / "golden" / "recipe"
 

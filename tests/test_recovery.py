@@ -11,7 +11,7 @@ from launcher import recovery, rundir
 from launcher.errors import UsageError
 from launcher.failure import Failure
 from launcher.hosts import Host, first
-from launcher.recipe import Relaunch
+from launcher.recipe_launch import Relaunch
 from launcher.recovery import Decision, Past, decide
 from launcher.rundir import Run
 

@@ -12,8 +12,8 @@ import pytest
 
 from launcher import environment, recipe_file, redact, rundir, secret
 from launcher.errors import ExitCode, HostError, PreflightError, UsageError
-from launcher.recipe import Launch
 from launcher.recipe_file import RecipeError
+from launcher.recipe_launch import Launch
 from tests.canaries import Watch
 from tests.conftest import RECIPE, Stub, gone
 

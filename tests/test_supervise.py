@@ -18,7 +18,7 @@ from launcher import environment, rundir, supervise
 from launcher.errors import ExitCode
 from launcher.events import Follower
 from launcher.failure import KINDS
-from launcher.recipe import Launch
+from launcher.recipe_launch import Launch
 from tests.conftest import Stub, gone, wait_until
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from launcher.errors import HostError
 from launcher.hosts import Host
 from launcher.nodelist import expand_nodelist
-from launcher.recipe import Launch
+from launcher.recipe_launch import Launch
 
 WAIT_S = 60
 MINUTES = 5

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.errors import DataError, PreflightError
-from launcher.recipe import Deadlines
+from launcher.recipe_launch import Deadlines
 
 T = TypeVar("T")
 
