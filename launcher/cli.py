@@ -162,7 +162,7 @@ def prepare(
 
     Exit codes: 0 ready (perhaps with warnings), 3 a host cannot be reached, 4 something is red.
     """
-    from launcher import recipe_file, ui
+    from launcher import recipe_file, ui, views
     from launcher.errors import UsageError
     from launcher.prepare import new_hostfile, run
 
@@ -179,7 +179,7 @@ def prepare(
     if as_json:
         ui.answer(json.dumps(result.to_json(), indent=1))
     else:
-        ui.prepared(result)
+        views.prepared(result)
     raise typer.Exit(result.code)
 
 
@@ -209,14 +209,14 @@ def pack(
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show what a launch would do: ranks, batches, steps, memory, commands. Starts and writes nothing."""
-    from launcher import recipe_file, start, ui
+    from launcher import recipe_file, start, ui, views
 
     with recipe_file.resolved(recipe, overrides) as (value, path):
         made, _ = start.planned(value, path)
     if as_json:
         ui.answer(json.dumps(made.to_json(), indent=1))
     else:
-        ui.plan(made)
+        views.plan(made)
 
 
 # A run ---------------------------------------------------------------------------------------------------------------
@@ -298,14 +298,14 @@ def resume(
 @app.command()
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Show where a run stands, and what to type next."""
-    from launcher import jobs, ui
+    from launcher import jobs, ui, views
     from launcher.rundir import Run
 
     value = jobs.report_of(Run(run))
     if as_json:
         ui.answer(json.dumps(value.to_json(), indent=1))
     else:
-        ui.show(Run(run), value)
+        views.show(Run(run), value)
 
 
 @app.command()
@@ -315,7 +315,7 @@ def why(
     as_json: AsJson = False,
 ) -> None:
     """Say why a run failed: first cause, evidence, verdict, and what to type next."""
-    from launcher import ui
+    from launcher import ui, views
     from launcher import why as reasons
     from launcher.rundir import Run
 
@@ -323,7 +323,7 @@ def why(
     if as_json:
         ui.answer(json.dumps(value.to_json(), indent=1))
     else:
-        ui.why(value)
+        views.why(value)
 
 
 @app.command()

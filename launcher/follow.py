@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from launcher import logs, report, rundir, ui
+from launcher import logs, report, rundir, ui, views
 from launcher.errors import ExitCode, InfrastructureError, UsageError
 from launcher.events import Follower
 from launcher.rundir import Run
@@ -110,7 +110,7 @@ def tell_end(run: Run) -> int:
     if value.state == "failed" and value.failure is not None:
         ui.failed(value.failure)
     else:
-        ui.show(run, value)
+        views.show(run, value)
     return value.exit_code or 0
 
 

@@ -26,6 +26,7 @@ from launcher import (
     supervise,
     ui,
     verbs,
+    views,
 )
 from launcher import plan as plans
 from launcher.errors import ExitCode, UsageError
@@ -87,7 +88,7 @@ def launch(
         raise new_run.in_the_way(run)
     made, told = planned(value, path)
     if dry_run:
-        ui.plan(made)
+        views.plan(made)
         return ExitCode.FINISHED
     values = secret.read(environment.secrets(value.launch))
     redact.use(values.values())
@@ -171,7 +172,7 @@ def stop(run: Run, *, wait: bool) -> None:
 
 
 def show(run: Run) -> None:
-    ui.show(run, jobs.report_of(run))
+    views.show(run, jobs.report_of(run))
 
 
 def _command() -> str:

@@ -72,6 +72,7 @@ ORDER = (
     "prepare.new_hostfile",
     "prepare.run",
     "ui",
+    "views",
     "follow",
     "start",
     "cli",

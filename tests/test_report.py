@@ -85,11 +85,11 @@ def test_quantities_carry_their_unit() -> None:
 
 SHOW = """
 import sys
-from launcher import ui
+from launcher import ui, views
 ui.say("progress " + "x" * 300, style="bold red")
 ui.error("error: " + "y" * 300 + "\\x1b[31m\\n\\nhint: z")
 ui.answer("answer [bold]" + "w" * 300 + "   ", style="bold")
-ui.curve([{"step": 1, "wer": 0.0, "substitutions": 0, "insertions": 0, "deletions": 0, "words": 9, "loss": 1.0}])
+views.curve([{"step": 1, "wer": 0.0, "substitutions": 0, "insertions": 0, "deletions": 0, "words": 9, "loss": 1.0}])
 """
 
 
