@@ -58,11 +58,12 @@ def _pytest(*words: str) -> tuple[str, ...]:
 PARTS = (
     Part(
         "injections",
-        _pytest("tests/test_injection.py", "tests/cluster/test_injection.py"),
+        _pytest("tests/test_injection.py"),
         {"SPEECHCTL_TEST_INJECTIONS": "10000"},
         "strings",
-        10_200,
+        10_000,
     ),
+    Part("injections-ssh", _pytest("tests/cluster/test_injection.py"), {}, "strings", 200),
     Part("prepare", _pytest("tests/test_prepare_command.py"), {}, "hosts", 64),
     Part(
         "faults",
