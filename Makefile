@@ -1,5 +1,6 @@
 # make demo   set everything up and run the main job: synthetic speech -> packs -> ZeRO-2 training -> WER
 # make test   set everything up and pass the tests
+# make torture ARGS="--seconds 3600 --seed 7"   the tests' full counts; goes on where it was
 PYTHON ?= python3
 VENV := .venv
 UV := $(VENV)/bin/uv
@@ -8,7 +9,7 @@ export UV_FIND_LINKS ?= $(shell ( echo "$$PIP_FIND_LINKS"; $(PYTHON) -m pip conf
   $(PYTHON) -m pip config get install.find-links ) 2>/dev/null | tr -s " \n" "," | sed "s/^,//; s/,$$//")
 # PyTorch's CPU build on a machine without a GPU saves gigabytes: UV_TORCH_BACKEND=cpu make demo
 
-.PHONY: setup demo test lint pip-set clean
+.PHONY: setup demo test torture lint pip-set clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +32,9 @@ lint: setup
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+torture: setup
+	$(VENV)/bin/python -m tests.torture $(ARGS)
 
 # The quick tests on what plain `pip install .` resolves to (transformers 4.57, torchvision present).
 pip-set:

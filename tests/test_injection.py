@@ -26,7 +26,7 @@ from launcher.hosts import Host
 from launcher.node import NODE_SCRIPT
 from launcher.recipe_file import RecipeError
 from launcher.rundir import Attempt, Run
-from tests.conftest import RECIPE, Stub
+from tests.conftest import RECIPE, Stub, count, seed
 from tests.injections import Injections
 from tests.stub.speechctl import FACTS
 
@@ -54,9 +54,10 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    made = Injections(tmp_path / "trap", seed=sum(map(ord, request.node.name)))
+    made = Injections(tmp_path / "trap", seed=seed(sum(map(ord, request.node.name))))
     yield made
     assert made.canaries(tmp_path) == []
+    count("strings", made.made)
 
 
 def test_a_canary_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +72,7 @@ def test_a_canary_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(made.canaries(tmp_path)) > 50
 
 
-def count(kind: str) -> int:
+def share(kind: str) -> int:
     assert abs(sum(SHARES.values()) - 1) < 1e-9
     return round(TOTAL * SHARES[kind])
 
@@ -111,7 +112,7 @@ def test_hostfiles(make: Injections, tmp_path: Path, monkeypatch: pytest.MonkeyP
     programs = recorders(tmp_path, monkeypatch)
     attempt = recorded_attempt(tmp_path / "runs" / "plain", programs)
     accepted = 0
-    for _ in range(count("hostfiles")):
+    for _ in range(share("hostfiles")):
         text = hostfile_line(make)
         try:
             found = hosts.parse_hostfile(text, "hosts")
@@ -133,7 +134,7 @@ def test_hostfiles(make: Injections, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_selections_and_node_lists(make: Injections) -> None:
     machines = [Host("gpu-01", 4), Host("gpu-02", 4)]
-    for k in range(count("selections")):
+    for k in range(share("selections")):
         text = make(around="gpu-012:,[]")
         try:
             if k % 2:
@@ -154,7 +155,7 @@ def test_environment_values(make: Injections, stub: Stub, monkeypatch: pytest.Mo
     stub.behave("train 1", "train 1")
     for name in [n for n in os.environ if environment.PASSED_ON.fullmatch(n) and n.endswith(("_proxy", "_PROXY"))]:
         monkeypatch.delenv(name)
-    left, batch = count("variables"), 250
+    left, batch = share("variables"), 250
     while left > 0:
         values = {f"HF_X{k}": make(without="\0") for k in range(min(left, batch))}
         values |= {f"HF_X{k}_TOKEN": values.pop(f"HF_X{k}") for k in range(0, len(values), 5)}
@@ -214,7 +215,7 @@ def test_paths(make: Injections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     recipe = recipe_file.load(recipe_at(tmp_path), [f"launch={{backend: ssh, hostfile: {tmp_path}/hosts}}"])
     (tmp_path / "hosts").write_text("gpu-01 slots=1\n")
     refusals = 0
-    for k in range(count("paths")):
+    for k in range(share("paths")):
         name = make(without="/\0", around=" -.ab")
         root = tmp_path / "runs" / (name if name.strip(".") else f"x{name}")
         pythonpath = make(without="\0").rstrip("\n")  # a shell takes newlines off the end of what a command says
@@ -232,7 +233,7 @@ def test_paths(make: Injections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         except UsageError as error:
             assert refused(error)
             refusals += 1
-    assert refusals > 0.8 * count("paths"), "ssh is spared what a shell would have to be asked to leave alone"
+    assert refusals > 0.8 * share("paths"), "ssh is spared what a shell would have to be asked to leave alone"
 
 
 # Recipes --------------------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ def test_recipe_strings_and_arguments(make: Injections, tmp_path: Path) -> None:
     path = recipe_at(tmp_path)
     base = path.read_text()
     accepted = 0
-    for k in range(count("recipes")):
+    for k in range(share("recipes")):
         key = TEXTS[k % len(TEXTS)]
         text = make()
         if key == "launch.slurm.options":
@@ -313,11 +314,11 @@ def test_recipe_strings_and_arguments(make: Injections, tmp_path: Path) -> None:
         path.write_text(base)
         made = plan.make(absolute, [Host("localhost", 1)], FACTS).to_json()
         assert json.loads(json.dumps(made)) == made
-    assert accepted > count("recipes") / 10
+    assert accepted > share("recipes") / 10
 
 
 def test_what_is_printed_drives_no_terminal(make: Injections, capfd: pytest.CaptureFixture[str]) -> None:
-    for k in range(count("prints")):
+    for k in range(share("prints")):
         text = make()
         if k % 3 == 0:
             ui.error(f"error: {text}\n\nhint: {text}")

@@ -17,7 +17,7 @@ import pytest
 from launcher.errors import ExitCode
 from launcher.hosts import Host, load_hostfile
 from launcher.prepare import mend, session
-from tests.conftest import Golden, Stub
+from tests.conftest import Golden, Stub, count
 from tests.simulated import Simulated, address
 
 KINDS = {
@@ -56,8 +56,8 @@ def simulated(stub: Stub) -> Simulated:
 
 def test_64_hosts_most_of_them_slow_or_dead(simulated: Simulated) -> None:
     assert sum(KINDS.values()) == 64
-    for kind, count in KINDS.items():
-        simulated.add(*(f"{kind}-{k:02d}" for k in range(count)))
+    for kind, number in KINDS.items():
+        simulated.add(*(f"{kind}-{k:02d}" for k in range(number)))
     began = time.monotonic()
     code, checks = simulated.checks()
     took = time.monotonic() - began
@@ -65,8 +65,8 @@ def test_64_hosts_most_of_them_slow_or_dead(simulated: Simulated) -> None:
     assert code == ExitCode.HOST
     assert took < 25, "20 s on a machine that does nothing else"
     reach = {c["host"]: c for c in checks if c["column"] == "reach" and c["verdict"] == "fail"}
-    for kind, count in KINDS.items():
-        for name in (f"{kind}-{k:02d}" for k in range(count)):
+    for kind, number in KINDS.items():
+        for name in (f"{kind}-{k:02d}" for k in range(number)):
             if kind not in VERDICTS:
                 assert name not in reach, reach.get(name)
                 wrong = [c for c in checks if c["host"] == name and c["verdict"] == "fail"]
@@ -77,6 +77,7 @@ def test_64_hosts_most_of_them_slow_or_dead(simulated: Simulated) -> None:
             assert reach[name]["hint"]
     sums = {c["found"] for c in checks if c["name"] == "all-reduce"}
     assert len(sums) == 1 and re.fullmatch("not tried: .* was not reached", sums.pop())
+    count("hosts", 64)
 
 
 PLANTED: dict[str, tuple[dict[str, Any], str, str]] = {

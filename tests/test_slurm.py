@@ -272,6 +272,14 @@ def test_the_plan_of_64_nodes(stub: Stub, golden: Golden, backend: str) -> None:
     assert not Path("/shared/runs/big").exists()
 
 
+def test_64_nodes_are_not_this_machine(stub: Stub) -> None:
+    write(stub, "{nodes: 64, processes: 8}")
+    done = stub.speechctl("launch", "stub.yaml", "--dry-run")
+    assert (done.returncode, done.stdout) == (ExitCode.USAGE, "")
+    assert "backend local is this machine, one node; launch.nodes is of backends ssh and slurm\n" in done.stderr
+    assert "\n\nhint: " in done.stderr
+
+
 def test_the_abbreviated_commands_are_the_real_ones(stub: Stub) -> None:
     write(stub, SIXTY_FOUR["slurm"])
     stub.recipe.write_text(stub.recipe.read_text() + "run_dir: /shared/runs/big\n")

@@ -18,7 +18,7 @@ from launcher.node import NODE_SCRIPT
 from launcher.rundir import Run
 from tests.canaries import Watch
 from tests.cluster.conftest import Cluster, empty
-from tests.conftest import RECIPE, Stub
+from tests.conftest import RECIPE, Stub, count, seed
 from tests.injections import Injections
 from tests.test_injection import RECORD
 from tests.test_secret import KEY, PROXY, TOKEN, sha256
@@ -44,10 +44,11 @@ def two(stub: Stub, cluster: Cluster) -> Stub:
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Injections]:
     (tmp_path / "trap").mkdir()
-    made = Injections(tmp_path / "trap", seed=200)
+    made = Injections(tmp_path / "trap", seed=seed(200))
     before = set(made.canaries(tmp_path))
     yield made
     assert set(made.canaries(tmp_path)) == before == set()
+    count("strings", made.made)
 
 
 def test_variables_cross_byte_by_byte(two: Stub, make: Injections) -> None:

@@ -14,7 +14,7 @@ from launcher.errors import ExitCode
 from launcher.rundir import Run
 from tests.cluster.conftest import empty
 from tests.cluster.slurm import Slurm
-from tests.conftest import wait_until
+from tests.conftest import count, wait_until
 from tests.worker.runs import SPEECHCTL, events, numbers, speechctl, trained_on, write_recipe
 
 CROSSINGS = int(os.environ.get("SPEECHCTL_TEST_CROSSINGS", "0"))
@@ -73,4 +73,5 @@ def test_a_time_limit_of_two_minutes(tmp_path: Path, slurm: Slurm) -> None:
     for epoch in range(whole):
         ids = sorted(id for step in range(epoch * size + 1, (epoch + 1) * size + 1) for id in ledger[step])
         assert ids == every, f"epoch {epoch} has each utterance once"
+    count("crossings", CROSSINGS)
     print(f"{CROSSINGS} crossings, {last} steps, {whole} whole epochs of {len(every)} utterances")

@@ -27,6 +27,8 @@ from typing import Any
 
 import psutil
 
+from tests.conftest import count
+
 RANK = """\
 import datetime, os, signal, sys, time
 import torch, torch.distributed as dist
@@ -159,6 +161,7 @@ def main() -> int:
     for fault in [options.only] if options.only else FAULTS:
         table[fault] = {peer: cell(peer, fault, options.limit) for peer in PEERS}
         print(f"{fault:<20} " + " ".join(f"{in_words(c):<28}" for c in table[fault].values()), flush=True)
+        count("cells", len(PEERS))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(table, indent=1) + "\n")
     return 0

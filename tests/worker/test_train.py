@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from launcher.rundir import Attempt, Run, read_json, read_lines
+from tests.conftest import count, seed
 from tests.worker.runs import (
     RECIPE,
     events,
@@ -125,7 +126,7 @@ def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
     Every loss and gradient norm of every attempt, also of steps trained twice, equals the undisturbed run's as a hex
     float, and the utterances of the steps that stand are the same.
     """
-    dice = random.Random(7)
+    dice = random.Random(seed(7))
     moments = [["saving", "evaluating", "metrics"][k % 3] for k in range(KILLS)]
     run = Run(spoken / "cut")
     hit: list[str] = []
@@ -164,6 +165,7 @@ def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
     for step in (6, 12, 18, 24):
         a, b = read_json(run.evaluation(step)), read_json(whole.evaluation(step))
         assert [a[k] for k in ("wer", "loss", "words")] == [b[k] for k in ("wer", "loss", "words")]
+    count("kills", len(hit))
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_goes_on(spoken: Path, whole: Run) -> None:
