@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,9 @@ class Place:
     spare: str | None = None
     """The host that takes the place of one at which something failed."""
     launch = "processes: 2"
+    stop_grace_s = 2.0
+    deadline_s = 5.0
+    """Of a step, where a hang is to be seen."""
 
     def __init__(self, stub: Stub) -> None:
         self.stub = stub
@@ -63,7 +67,7 @@ class Place:
         """The exit code of the whole run and what was said, once hosts have come back and, where nothing else does it,
         a person has asked for the run to go on."""
         assert self.process is not None
-        _, stderr = self.process.communicate(timeout=120)
+        _, stderr = self.process.communicate(timeout=300)
         if self.process.returncode != -signal.SIGKILL:
             return self.process.returncode, stderr
         done = self.stub.speechctl("resume", str(self.run.root))
@@ -157,8 +161,7 @@ class InJob(Place):
         self.job = ""
         bin_ = stub.root / "bin"
         bin_.mkdir()
-        python, speechctl = stub.command
-        (bin_ / "speechctl").write_text(f'#!/bin/sh\nexec "{python}" "{speechctl}" "$@"\n')
+        (bin_ / "speechctl").write_text(f'#!/bin/sh\nexec {shlex.join(stub.command)} "$@"\n')
         (bin_ / "speechctl").chmod(0o755)
         stub.env["PATH"] = f"{bin_}:{os.environ['PATH']}"
         stub.command = slurm.desk("env", "-C", str(stub.root), *stub.command)
@@ -189,8 +192,9 @@ class InJob(Place):
     def end(self) -> tuple[int, str]:
         if self.lost is not None:
             wait_until(lambda: self.slurm.show(self.job)["Restarts"] == "1", 60)
+            wait_until(self.run.attempts()[0].failure.exists)
             self.restore()
-        facts = self.slurm.wait_for(self.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=120)
+        facts = self.slurm.wait_for(self.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=300)
         code, _, number = facts["ExitCode"].partition(":")
         assert number == "0" and (facts["JobState"] == "COMPLETED") == (code == "0"), facts
         return int(code), (self.run.slurm / f"job-{self.job}.log").read_text()
