@@ -10,11 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from launcher import rundir
+from launcher.errors import ExitCode
 from launcher.rundir import Run
 from tests.cluster.conftest import Cluster
 from tests.cluster.slurm import Slurm
-from tests.conftest import Stub
-from tests.faults.cells import EVERY, FAULTS, LAST_STEP, follow, launch
+from tests.conftest import Stub, wait_until
+from tests.faults.cells import (
+    EVERY,
+    FAULTS,
+    LAST_STEP,
+    check_nothing_left,
+    failure_of,
+    follow,
+    launch,
+    small_cgroup,
+)
 from tests.faults.places import InJob, OverSsh, Place
 from tests.worker.runs import RECIPE, SPEECHCTL, numbers, speechctl, write_recipe
 
