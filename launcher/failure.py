@@ -115,10 +115,17 @@ def conclude(
         order: the nodes in the order in which they ended, as seen from here.
         seen: what the launcher itself ended the attempt for.
     """
+    order = order or range(len(returncodes))
     ended = rundir.read_json(attempt.exit)
-    if ended is not None:  # rank 0 writes it after the last seal
-        return ExitCode(ended["code"])
-    failure = seen or first_cause(attempt, returncodes, order or range(len(returncodes)))
+    if ended is None:
+        failure = seen or first_cause(attempt, returncodes, order)
+    else:  # rank 0 writes it after the last seal
+        unasked = ended["code"] == ExitCode.STOPPED and not attempt.run.stop_request.exists()
+        # Where ranks still reach each other, as over a network of their own, they seal although a node was lost to us.
+        lost = seen or _lost_node(_Ended(attempt, list(returncodes), list(order))) if unasked else None
+        if lost is None:
+            return ExitCode(ended["code"])
+        failure = lost
     rundir.write_json(attempt.failure, failure.to_json())
     return failure.code
 

@@ -54,6 +54,17 @@ def test_exit_json_is_the_truth_once_it_is_there(ended: Attempt, code: int, retu
     assert not ended.failure.exists()
 
 
+def test_ranks_that_sealed_because_a_node_was_lost_are_not_a_stop(ended: Attempt) -> None:
+    """The launcher had told the others to end, and they still could seal. The run ended there, as if asked to."""
+    rundir.write_json(ended.exit, {"code": 75, "step": 5, "sealed_step": 5})
+    rundir.write_json(ended.node(1), {"host": "here", "returncode": None, "asked": None, "killed": None})
+    assert verdict(ended, 0, -9, order=(1, 0))[0] == "node lost"
+    ended.failure.unlink()
+    ended.run.stop_request.parent.mkdir()
+    ended.run.stop_request.touch()
+    assert failure.conclude(ended, [0, -9], (1, 0)) == ExitCode.STOPPED, "here somebody had asked"
+
+
 @pytest.mark.parametrize("returncode", [0, 1, -9, 127])
 def test_without_exit_json_it_is_never_a_success(ended: Attempt, returncode: int) -> None:
     for k in range(2):

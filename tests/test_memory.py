@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,7 @@ import pytest
 
 from launcher import memory
 from tests.conftest import wait_until
-from tests.faults.conftest import small_cgroup
-
-__all__ = ["small_cgroup"]
+from tests.faults.cells import small_cgroup
 
 HOG = """
 import sys
@@ -25,9 +24,15 @@ held = [b"1" * 2**20 for _ in range(1000)]
 """
 
 
-def test_a_kill_for_want_of_memory_is_counted_where_it_happened(small_cgroup: Path) -> None:
+@pytest.fixture
+def group() -> Iterator[Path]:
+    with small_cgroup() as made:
+        yield made
+
+
+def test_a_kill_for_want_of_memory_is_counted_where_it_happened(group: Path) -> None:
     hog = subprocess.Popen(
-        [sys.executable, "-c", HOG, str(small_cgroup / "cgroup.procs")],
+        [sys.executable, "-c", HOG, str(group / "cgroup.procs")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -35,8 +40,8 @@ def test_a_kill_for_want_of_memory_is_counted_where_it_happened(small_cgroup: Pa
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         assert hog.stdout is not None and hog.stdout.readline() == "there\n"
-        assert memory.cgroup(hog.pid) == small_cgroup
-        assert memory.limit(small_cgroup) == 200 * 2**20
+        assert memory.cgroup(hog.pid) == group
+        assert memory.limit(group) == 200 * 2**20
         watch, other = memory.Watch(), memory.Watch()
         before = watch.look({"3": hog.pid})
         other.look({"0": bystander.pid})

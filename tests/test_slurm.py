@@ -392,6 +392,18 @@ def test_which_ends_are_requeued(inside: Inside, does: str, code: int, again: bo
     assert inside.asked == ["requeue 7"] * again
 
 
+def test_an_exit_code_is_heard_whenever_it_comes(inside: Inside) -> None:
+    """The script waited for it by `read -t 1`, which lost what came just as that second was over, some in a hundred
+    times: a run that had finished was taken for killed, and queued again."""
+    (inside.bin / "sleep").unlink()
+    inside.program("speechctl", "exec sleep 0.$((960 + RANDOM % 40))")
+    environment = {"PATH": f"{inside.bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    command = ["bash", str(slurm.SCRIPT), str(inside.run)]
+    jobs = [subprocess.Popen(command, env=environment, cwd=inside.root) for _ in range(100)]
+    assert [job.wait(60) for job in jobs] == [0] * 100
+    assert not (inside.root / "asked").exists(), "none is queued again"
+
+
 def test_a_warning_before_the_lock_is_said_again(inside: Inside) -> None:
     """Whoever takes the run's lock removes what was asked of the one before."""
     wait = "while [ ! -e control/stop ]; do read -rt 0.01 <> <(:); done; "

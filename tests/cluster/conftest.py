@@ -61,6 +61,7 @@ for name in hosts nsswitch.conf resolv.conf ssh/ssh_config slurm; do
 done
 [ ! -e /etc/machine-id ] || mount --bind "machine-id-$2" /etc/machine-id
 mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /dev/shm
 mkdir -p /run/sshd /run/munge
 ip link set lo up
 [ "$2" = desk ] || "$3" -f "sshd-$2" -E "log-$2"

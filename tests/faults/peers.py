@@ -1,11 +1,11 @@
 """What torchrun, `deepspeed` and `accelerate launch` make of the faults of the table that one machine can have.
 
-    python -m tests.faults.peers [--limit 60] [--only "SIGKILL rank"] [--out build/faults-of-peers.json]
+    python -m tests.faults.peers [--limit 60] [--only "SIGKILL rank" ...] [--out build/faults-of-peers.json]
 
 Two ranks on gloo sum a number ten times a second, with a timeout of 20 s on the process group (the default is 30 min).
 For each cell: the exit code of the command, seconds from the fault to its end, processes left 5 s after that (ended
-here by their own pids), and whether what it printed names rank 1, the culprit. The same faults on speechctl are
-`tests/faults/test_faults.py`.
+here by their own pids), and whether what it printed names rank 1, the culprit. What was seen once is a column of the
+table; where that is different now, both are printed. The same faults on speechctl are `tests/faults/test_faults.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tests.conftest import count
+from tests.faults.table import PEERS as RECORDED
+from tests.faults.table import Seen
 
 RANK = """\
 import datetime, os, signal, sys, time
@@ -78,7 +81,7 @@ class Trial:
         if fault == "crash loop":
             (folder / "now").touch()
         self.process = self._start(peer, fault)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not all((folder / f"up-{k}").exists() for k in (0, 1)):
             assert time.monotonic() < deadline and self.process.poll() is None, "the ranks did not come up"
             time.sleep(0.05)
@@ -129,7 +132,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
 }
 
 
-def cell(peer: str, fault: str, limit_s: float) -> dict[str, Any]:
+def cell(peer: str, fault: str, limit_s: float) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder).resolve(), peer, fault)
         try:
@@ -139,10 +142,10 @@ def cell(peer: str, fault: str, limit_s: float) -> dict[str, Any]:
             seconds = time.monotonic() - began
             exit_code = trial.process.poll()
             time.sleep(5)
-            left = len(trial.family()) if exit_code is not None else None
+            left = len(trial.family()) if exit_code is not None else 0
             text = (trial.folder / "log").read_text(errors="replace")
             named = re.search(r"(?i)\brank\s*[:=]?\s*1\b|\[rank1\]", text) is not None
-            return {"exit": exit_code, "seconds": round(seconds, 1), "left": left, "names_rank_1": named}
+            return Seen(exit_code, round(seconds), left, named)
         finally:
             for process in trial.family():
                 with suppress(psutil.Error):
@@ -153,25 +156,32 @@ def cell(peer: str, fault: str, limit_s: float) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=float, default=60, help="seconds after which a command is taken for hung")
-    parser.add_argument("--only", help="one fault")
+    parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="some faults")
     parser.add_argument("--out", type=Path, default=Path("build/faults-of-peers.json"))
     options = parser.parse_args()
-    table: dict[str, dict[str, Any]] = {}
-    print(f"{'fault':<20} " + " ".join(f"{peer:<28}" for peer in PEERS))
-    for fault in [options.only] if options.only else FAULTS:
-        table[fault] = {peer: cell(peer, fault, options.limit) for peer in PEERS}
-        print(f"{fault:<20} " + " ".join(f"{in_words(c):<28}" for c in table[fault].values()), flush=True)
-        count("cells", len(PEERS))
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for fault in options.only:
+        for peer in PEERS:
+            seen = cell(peer, fault, options.limit)
+            table.setdefault(fault, {})[peer] = asdict(seen)
+            print(f"{fault:<20} {peer:<18} {compared(seen, RECORDED[fault][peer])}", flush=True)
+            count("cells", 1)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(table, indent=1) + "\n")
     return 0
 
 
-def in_words(seen: dict[str, Any]) -> str:
-    if seen["exit"] is None:
-        return f"hangs (> {seen['seconds']:.0f} s)"
-    named = "named" if seen["names_rank_1"] else "not named"
-    return f"exit {seen['exit']}, {seen['seconds']:.0f} s, {seen['left']} left, {named}"
+def compared(seen: Seen, recorded: Seen) -> str:
+    """Both, unless they differ in nothing but the time."""
+    same = replace(seen, after_s=recorded.after_s) == recorded
+    return in_words(seen) + ("" if same else f"   (recorded: {in_words(recorded)})")
+
+
+def in_words(seen: Seen) -> str:
+    if seen.exit is None:
+        return f"hangs (> {seen.after_s} s)"
+    named = "named" if seen.named else "not named"
+    return f"exit {seen.exit}, {seen.after_s} s, {seen.left} left, {named}"
 
 
 if __name__ == "__main__":

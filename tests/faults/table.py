@@ -64,3 +64,66 @@ TABLE: dict[str, dict[str, Cell | Impossible]] = {
     "port taken": dict.fromkeys(BACKENDS, Cell("port", ExitCode.INFRASTRUCTURE, "node", "again", 10)),
     "crash loop": dict.fromkeys(BACKENDS, Cell("no progress", ExitCode.NO_PROGRESS, "run", "mend", 10)),
 }
+
+# The others ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the command of another launcher came to, on one machine. It has no class, no verdict, and starts nothing
+    again, but for the crash loop, in which it is allowed three restarts where it has any."""
+
+    exit: int | None
+    """Its exit code, negative for a signal; None: it hung."""
+    after_s: int
+    """From the fault to its end, or to the end of patience."""
+    left: int = 0
+    """Processes of the run 5 s after that."""
+    named: bool = False
+    """Whether what it printed names the rank."""
+
+
+PEERS: dict[str, dict[str, Seen]] = {
+    "exception": {
+        "torchrun": Seen(1, 5, named=True),
+        "deepspeed": Seen(1, 6, named=True),
+        "accelerate launch": Seen(1, 5, named=True),
+    },
+    "exit 7": {
+        "torchrun": Seen(1, 5, named=True),
+        "deepspeed": Seen(7, 11),
+        "accelerate launch": Seen(1, 5, named=True),
+    },
+    "SIGKILL rank": {
+        "torchrun": Seen(1, 2, named=True),
+        "deepspeed": Seen(247, 5),
+        "accelerate launch": Seen(1, 4, named=True),
+    },
+    "SIGKILL node agent": {
+        "torchrun": Seen(-9, 0, left=2),
+        "deepspeed": Seen(0, 3, left=2),
+        "accelerate launch": Seen(-9, 0, left=2),
+    },
+    "SIGKILL launcher": {
+        "torchrun": Seen(-9, 0, left=2),
+        "deepspeed": Seen(-9, 0, left=3),
+        "accelerate launch": Seen(-9, 0, left=2),
+    },
+    "SIGSTOP rank": {
+        "torchrun": Seen(1, 52, named=True),
+        "deepspeed": Seen(1, 52, named=True),
+        "accelerate launch": Seen(1, 52, named=True),
+    },
+    "port taken": {
+        "torchrun": Seen(1, 3),
+        "deepspeed": Seen(1, 9),
+        "accelerate launch": Seen(None, 130),
+    },
+    "crash loop": {
+        "torchrun": Seen(1, 10, named=True),
+        "deepspeed": Seen(247, 5),
+        "accelerate launch": Seen(None, 70),
+    },
+}
+"""The same faults under torchrun of torch 2.13.0, `deepspeed` 0.19.8 and `accelerate launch` 1.15.0, as
+`python -m tests.faults.peers --limit 70` saw them in November 2026, on two busy cores."""

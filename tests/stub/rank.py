@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import quote, quote_plus
 
+import psutil
+
 from launcher import rundir
 from launcher.errors import DataError, ExitCode
 from launcher.marks import mark
@@ -79,7 +81,7 @@ class Training:
 
     `exit 7` ends with that code; `stop` stops itself as by SIGSTOP; `feed` waits for data for ever; `hog FILE` takes
     memory without end, in the cgroup of that `cgroup.procs`. `deaf` hears no request to stop, waits for nobody and
-    seals nothing; `slow` takes its time to seal.
+    seals nothing; `slow` takes its time to seal. `wire` is told by nobody when a peer's host is gone, and waits for it.
     """
 
     def __init__(self, attempt: Attempt, stop_flag: list[bool], behaviour: str, number: str) -> None:
@@ -136,11 +138,13 @@ class Training:
         os.pwrite(self.meeting, record.pack(self.step, asked), places[RANK])
         while True:
             lost = any(map(self.is_lost, range(WORLD_SIZE)))  # asked first: one that has agreed may end
+            while self.behaviour == "wire" and not is_connected():
+                time.sleep(0.1)
             said = [os.pread(self.meeting, record.size, place) for place in places]
             rows = [record.unpack(data) if len(data) == record.size else (0, 0) for data in said]
             if all(step == self.step for step, _ in rows):
                 return any(asked for _, asked in rows)
-            if lost:
+            if lost and self.behaviour != "wire":
                 raise RuntimeError("Connection closed by peer")
             time.sleep(0.005)
 
@@ -177,6 +181,11 @@ class Training:
     def event(self, event: str, **facts: object) -> None:
         if RANK == 0:
             rundir.append_line(self.attempt.events, {"event": event, "time": time.time(), **facts})
+
+
+def is_connected() -> bool:
+    """Whether the cable of this host is in."""
+    return psutil.net_if_stats()["eth0"].isup
 
 
 if __name__ == "__main__":

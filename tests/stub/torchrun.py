@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     (attempt / f".{name}").write_text(json.dumps(record))
     (attempt / f".{name}").rename(attempt / name)
     time.sleep(behaviour["start_s"])
-    if behaviour["says"]:
+    if behaviour["says"] and node_rank == 0:
         print(behaviour["says"], file=sys.stderr)
         return 1
     slots = [host["slots"] for host in json.loads((attempt / "hosts.json").read_text())]
