@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.backends import ssh
+from launcher.backends import slurm, ssh
 from launcher.errors import ExitCode
 from launcher.hosts import Host
 from launcher.prepare import session
@@ -525,7 +525,6 @@ def test_nothing_of_a_recipe_stands_in_a_command_line() -> None:
     plain = ssh.command_argv(host, "X")
     assert session.ssh_argv(host) == [*plain[:-1], f"exec python3 -c '{session.BOOT}'"]
     assert session.srun_argv(host, "7") == [
-        *("srun", "--jobid=7", "--nodelist=gpu-1", "--nodes=1", "--ntasks=1", "--overlap", "--quiet"),
-        *("python3", "-c", session.BOOT),
+        *("srun", *slurm.SRUN, "--jobid=7", "--nodelist=gpu-1", "python3", "-c", session.BOOT),
     ]
     assert "'" not in session.BOOT and '"' not in session.BOOT and "$" not in session.BOOT
