@@ -31,13 +31,18 @@ def three(stub: Stub, cluster: Cluster) -> Stub:
     launch = f"{{backend: ssh, hostfile: {stub.root}/hosts, stop_grace: 5s}}"
     stub.recipe.write_text(RECIPE.replace("{processes: 2, stop_grace: 2s}", launch))
     stub.command = cluster.desk("env", "-C", str(stub.root), *stub.command)
+    pack_of_a_kind(stub.root)
+    return stub
+
+
+def pack_of_a_kind(root: Path) -> None:
+    """What `prepare` takes for the packs of `RECIPE`."""
     for subset in ("train-clean-100", "dev-clean"):
-        pack = stub.root / "packs" / subset
+        pack = root / "packs" / subset
         pack.mkdir(parents=True)
         (pack / "shard.00000.mds").write_bytes(b"x" * 100)
         files = {"shard.00000.mds": {"bytes": 100}}
         (pack / "MANIFEST.json").write_text(json.dumps({"digest": "0" * 32, "files": files}))
-    return stub
 
 
 @contextmanager
