@@ -6,19 +6,21 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.backends import slurm
 from launcher.errors import ExitCode
 from launcher.hosts import Host, load_hostfile
 from launcher.prepare import mend, session
-from tests.conftest import Golden, Stub
+from tests.conftest import Golden, Stub, gone, wait_until
 from tests.simulated import Simulated, address
 
 KINDS = {
@@ -78,6 +80,21 @@ def test_64_hosts_most_of_them_slow_or_dead(simulated: Simulated) -> None:
             assert reach[name]["hint"]
     sums = {c["found"] for c in checks if c["name"] == "all-reduce"}
     assert len(sums) == 1 and re.fullmatch("not tried: .* was not reached", sums.pop())
+
+
+def test_ctrl_c_waits_for_no_host(simulated: Simulated) -> None:
+    simulated.add("fine-1", "silent-1", "silent-2")
+    stub = simulated.stub
+    with stub.start(*stub.command, "prepare", "stub.yaml", "--set", simulated.hostfile()) as process:
+        wait_until(lambda: simulated.calls.exists() and simulated.calls.read_text().count("\n") == 3)
+        time.sleep(0.5)
+        began = time.monotonic()
+        others = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+        assert process.returncode == 130 and "Traceback" not in stderr, stderr
+        assert time.monotonic() - began < 8, "1 s is usual; those that are silent would be waited for 11 s"
+    assert gone({child.pid for child in others}, within_s=5)
 
 
 PLANTED: dict[str, tuple[dict[str, Any], str, str]] = {

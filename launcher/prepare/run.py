@@ -32,7 +32,7 @@ Sizes = Callable[[], Plan]
 LOOK_MINUTES, FIX_MINUTES = 5, 60
 """Of a SLURM job to look at nodes in, and to install an environment from."""
 
-NEEDED_FOR_A_SUM = (*COLUMNS["python"], *COLUMNS["net"], "look-up", "shared directory")
+NEEDED_FOR_A_SUM = (*COLUMNS["python"], *COLUMNS["net"], "GPUs", "CUDA", "look-up", "shared directory")
 
 
 @dataclass
