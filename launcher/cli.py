@@ -175,7 +175,7 @@ def prepare(
             found = new_hostfile.from_slurm(value) if from_slurm else new_hostfile.from_list(value, hosts)
             ui.answer(new_hostfile.write(write_hostfile, found).rstrip())
             return
-        result = run.prepare(value, path, fix=fix)
+        result = run.prepare(value, path, fix=fix, say=ui.say)
     if as_json:
         ui.answer(json.dumps(result.to_json(), indent=1))
     else:

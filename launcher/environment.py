@@ -35,9 +35,17 @@ def gpu_count(device: str = "auto", given: Mapping[str, str] = os.environ) -> in
 
 
 def gpus_of_gres(gres: str | None) -> int:
-    """GPUs that SLURM's --gres asks for: `gpu:8`, `gpu:h100:8`, `gpu:a100:2,nvme:1`. 0 where it names none."""
-    found = (re.fullmatch(r"gpu(?::(?!\d+$)[^:]+)?(?::(\d+))?", item) for item in (gres or "").split(","))
+    """GPUs that SLURM's --gres asks for: `gpu:8`, `gpu:h100:8`, `gpu:a100:2,nvme:1`; or that a node has by sinfo:
+    `gpu:h100:8(S:0-1)`. 0 where it names none."""
+    items = re.sub(r"\([^)]*\)", "", gres or "").split(",")
+    found = (re.fullmatch(r"gpu(?::(?!\d+$)[^:]+)?(?::(\d+))?", item) for item in items)
     return sum(int(match[1] or 1) for match in found if match)
+
+
+def slots_of_job(launch: Launch) -> int:
+    """Ranks on each node of a SLURM job."""
+    gpus = 0 if launch.device == "cpu" else gpus_of_gres(launch.slurm.gres)
+    return (gpus or 1) if launch.processes == "auto" else launch.processes
 
 
 def base_variables(processes: int, device: str = "auto", given: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -135,9 +143,7 @@ def named(recipe: Recipe, avoided: Collection[str] = ()) -> list[Host]:
     launch = recipe.launch
     if launch.backend == "slurm":  # what they are called is known in the job
         assert launch.nodes != "auto", "the recipe's schema sees to that"
-        gpus = 0 if launch.device == "cpu" else gpus_of_gres(launch.slurm.gres)
-        slots = (gpus or 1) if launch.processes == "auto" else launch.processes
-        return [Host(f"node-{k:03d}", slots) for k in range(launch.nodes)]
+        return [Host(f"node-{k:03d}", slots_of_job(launch)) for k in range(launch.nodes)]
     if launch.hostfile is None:
         return hosts.local(launch.processes, gpu_count(launch.device))
     found = hosts.select(hosts.load_hostfile(launch.hostfile), launch.include, launch.exclude)

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from launcher.hosts import Host
 from launcher.nodelist import expand_nodelist
 from launcher.plan import Plan
 from launcher.recipe import Recipe
+from launcher.recipe_launch import Launch
 from launcher.report import Report
 from launcher.rundir import Run, RunLock
 
@@ -79,14 +80,29 @@ def submit(run: Run, recipe: Recipe, *, fresh: bool = False) -> Job:
         )
     run.slurm.mkdir(exist_ok=True)  # sbatch would take a log that cannot be written, and the job would fail unseen
     argv = slurm.sbatch(recipe, run, spared(run, recipe), ["--fresh"] * fresh)
-    said = _ask(argv, PAUSES_S)
-    if said.returncode != 0:
-        words = _words(said)
-        raise HostError(f"sbatch refused the job: {words}", hint=_hint(words))
-    job = said.stdout.strip().splitlines()[-1].partition(";")[0]  # the rest is the cluster's name
+    job = submitted(argv, recipe.launch)
     facts = {"job": job, "time": time.time(), "argv": argv, "exclude": recipe.launch.slurm.exclude}
     rundir.write_json(_record(run, job), facts)
     return Job(job, "PENDING", "")
+
+
+def submitted(argv: Sequence[str], launch: Launch) -> str:
+    """The number of the job that this sbatch asked for.
+
+    Raises:
+        HostError: as `submit`.
+    """
+    said = ask(argv, PAUSES_S, without=secret.sources(launch.secrets))
+    if said.returncode != 0:
+        words = words_of(said)
+        raise HostError(f"sbatch refused the job: {words}", hint=_hint(words))
+    job = said.stdout.strip().rpartition("\n")[2].partition(";")[0]  # the rest is the cluster's name
+    if not job.isdecimal():
+        raise HostError(
+            f"expected the number of a job from sbatch, and it said {said.stdout.strip()!r}",
+            hint="look at launch.slurm.options: one of them makes sbatch do something else",
+        )
+    return job
 
 
 HINTS = (
@@ -114,15 +130,15 @@ def current(run: Run) -> Job | None:
 def look_up(job: str) -> Job:
     """By squeue, which also knows jobs that ended a while ago; where it does not, by sacct, which may not be there."""
     try:
-        said = _ask(["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r"])
+        said = ask(["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r"])
         found = re.match(r"([A-Z_]+)\|(.*)", said.stdout.strip()) if said.returncode == 0 else None
         if found is not None:
             return Job(job, found[1], found[2].replace("None", ""))
         if UNREACHABLE in said.stderr:
             return Job(job, UNKNOWN, UNREACHABLE)
         if said.returncode != 0 and "Invalid job id" not in said.stderr:
-            return Job(job, UNKNOWN, _words(said))
-        accounts = _ask(["sacct", "--noheader", "--allocations", f"--jobs={job}", "--parsable2", "--format=State"])
+            return Job(job, UNKNOWN, words_of(said))
+        accounts = ask(["sacct", "--noheader", "--allocations", f"--jobs={job}", "--parsable2", "--format=State"])
         if accounts.returncode == 0 and accounts.stdout.strip():
             return Job(job, accounts.stdout.split()[0], "")  # `CANCELLED by 1000`
         return Job(job, UNKNOWN, "SLURM has forgotten it")
@@ -155,26 +171,36 @@ def cancel(job: Job) -> None:
     Raises:
         HostError: SLURM refused, or cannot be reached.
     """
-    said = _ask(["scancel", job.id], PAUSES_S)
+    said = ask(["scancel", job.id], PAUSES_S)
     if said.returncode != 0:
-        raise HostError(f"scancel refused: {_words(said)}", hint=f"`scancel {job.id}` by hand, when SLURM answers")
+        raise HostError(f"scancel refused: {words_of(said)}", hint=f"`scancel {job.id}` by hand, when SLURM answers")
 
 
-def environment_of_a_job(given: Mapping[str, str] = os.environ) -> dict[str, str]:
+def environment_of_a_job(given: Mapping[str, str] = os.environ, *, without: Container[str] = ()) -> dict[str, str]:
     """What a job gets of the user's environment: what ranks may have, this command, and settings for SLURM's own
-    commands. SLURM keeps the environment of every job that waits, so that nothing else is sent there."""
+    commands. SLURM keeps the environment of every job that waits, so that nothing else is sent there.
+
+    Args:
+        without: names of secrets, besides what looks like one.
+    """
     # Inside a job most of SLURM's variables are that job's, and the commands would take them for settings.
     settings = r"SBATCH_\w+|SLURM_CONF" + ("" if "SLURM_JOB_ID" in given else r"|SLURM_\w+")
     kept = {
         name: value
         for name, value in given.items()
-        if (environment.PASSED_ON.fullmatch(name) and not secret.implied(name, value)) or re.fullmatch(settings, name)
+        if (environment.PASSED_ON.fullmatch(name) and not secret.implied(name, value) and name not in without)
+        or re.fullmatch(settings, name)
     }
     return kept | {"PATH": f"{Path(sys.executable).parent}:{given.get('PATH', os.defpath)}"}
 
 
-def _ask(argv: Sequence[str], pauses_s: Sequence[int] = ()) -> subprocess.CompletedProcess[str]:
+def ask(
+    argv: Sequence[str], pauses_s: Sequence[int] = (), *, without: Container[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run one of SLURM's commands, again after each pause while nobody can be reached.
+
+    Args:
+        without: as for `environment_of_a_job`.
 
     Raises:
         HostError: it is not there, or does not end.
@@ -183,7 +209,7 @@ def _ask(argv: Sequence[str], pauses_s: Sequence[int] = ()) -> subprocess.Comple
         try:
             said = subprocess.run(
                 argv,
-                env=environment_of_a_job(),
+                env=environment_of_a_job(without=without),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -206,7 +232,7 @@ def _ask(argv: Sequence[str], pauses_s: Sequence[int] = ()) -> subprocess.Comple
     raise AssertionError("not reached")
 
 
-def _words(said: subprocess.CompletedProcess[str]) -> str:
+def words_of(said: subprocess.CompletedProcess[str]) -> str:
     """What a command said, in a line, without its own name before each."""
     lines = [re.sub(r"^\w+: (error|fatal): ", "", line).strip() for line in said.stderr.splitlines()]
     return "; ".join(line for line in lines if line) or f"it ended with {said.returncode} without a word"
@@ -267,7 +293,7 @@ def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:
         )
     run.slurm.mkdir(exist_ok=True)
     if not _record(run, job).exists():  # submitted by hand
-        excluded = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%x"]).stdout.strip()
+        excluded = ask(["squeue", "--noheader", f"--jobs={job}", "--format=%x"]).stdout.strip()
         facts = {"job": job, "time": time.time(), "argv": None, "exclude": excluded.replace("(null)", "") or None}
         rundir.write_json(_record(run, job), facts)
     return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
@@ -297,9 +323,7 @@ def spared(run: Run, recipe: Recipe) -> list[str]:
     if not avoided or recipe.launch.nodes == "auto":
         return []
     where = [f"--partition={recipe.launch.slurm.partition}"] if recipe.launch.slurm.partition else []
-    said = _ask(
-        ["sinfo", "--noheader", "--Node", "--responding", "--states=idle,alloc,mix,comp", "--format=%N", *where]
-    )
+    said = ask(["sinfo", "--noheader", "--Node", "--responding", "--states=idle,alloc,mix,comp", "--format=%N", *where])
     left = set(said.stdout.split()) - set(avoided)
     with suppress(UsageError):  # it may be the name of a file
         left -= set(expand_nodelist(recipe.launch.slurm.exclude or ""))

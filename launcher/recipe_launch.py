@@ -50,7 +50,7 @@ def _sbatch_option(text: str) -> str:
     match = re.fullmatch(r"--([a-z][a-z-]*)(=.*)?", text, flags=re.DOTALL)
     if match is None:
         raise ValueError("expected a long option of sbatch, written as one word: --name or --name=value")
-    if match[1] in SBATCH_OWN:
+    if any(own.startswith(match[1]) for own in SBATCH_OWN):  # sbatch takes `--wra` for `--wrap`
         raise ValueError(f"--{match[1]} is set by speechctl or cannot be used here")
     return text
 

@@ -1,13 +1,18 @@
-"""Looks for secret values where none may be: in files, in command lines, in what was printed."""
+"""Looks for secret values where none may be: in files, in command lines, in environments, in what was printed."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.redact import Redactor
+
+if TYPE_CHECKING:
+    from tests.cluster.conftest import Cluster
 
 
 class Watch:
@@ -18,6 +23,8 @@ class Watch:
         self.files = 0
         self.seen: set[bytes] = set()
         """Every command line there was."""
+        self.environments: set[bytes] = set()
+        """Every environment on the hosts of a cluster."""
 
     def in_files(self, root: Path) -> list[Path]:
         found = [path for path in sorted(root.rglob("*")) if path.is_file()]
@@ -27,16 +34,27 @@ class Watch:
     def in_command_lines(self) -> list[bytes]:
         return [line for line in self.seen if self.redactor.found(line)]
 
+    def in_environments(self) -> list[bytes]:
+        return [one for one in self.environments if self.redactor.found(one)]
+
     @contextmanager
-    def running(self) -> Iterator[Watch]:
-        """Note the command line of every process meanwhile, of all users and in all namespaces below this one."""
+    def running(self, on: Cluster | None = None) -> Iterator[Watch]:
+        """Note the command line of every process meanwhile, of all users and in all namespaces below this one.
+
+        Args:
+            on: note the environment of every process on its hosts, too; the desk is none.
+        """
         over = threading.Event()
+        desk = on and os.readlink(f"/proc/{on.inside['desk']}/ns/pid")
+        ours = {os.readlink("/proc/self/ns/pid"), desk}
 
         def look() -> None:
             while not over.wait(0.02):
                 for path in Path("/proc").glob("[0-9]*/cmdline"):
                     with suppress(OSError):
                         self.seen.add(path.read_bytes())
+                        if on is not None and os.readlink(path.with_name("ns") / "pid") not in ours:
+                            self.environments.add(path.with_name("environ").read_bytes())
 
         thread = threading.Thread(target=look)
         thread.start()

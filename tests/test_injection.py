@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 
-from launcher import environment, hosts, nodelist, plan, recipe_file, rundir, secret, ui
-from launcher.backends import local, ssh
+from launcher import environment, hosts, jobs, nodelist, plan, recipe_file, rundir, secret, ui
+from launcher.backends import local, slurm, ssh
 from launcher.errors import ExitCode, SpeechctlError, UsageError
 from launcher.hosts import Host
 from launcher.node import NODE_SCRIPT
+from launcher.prepare import new_hostfile
+from launcher.recipe import Recipe
 from launcher.recipe_file import RecipeError
 from launcher.rundir import Attempt, Run
 from tests.conftest import RECIPE, Stub, count, seed
@@ -31,7 +33,10 @@ from tests.injections import Injections
 from tests.stub.speechctl import FACTS
 
 TOTAL = int(os.environ.get("SPEECHCTL_TEST_INJECTIONS", "1000"))
-SHARES = {"hostfiles": 0.25, "selections": 0.1, "variables": 0.25, "paths": 0.1, "recipes": 0.25, "prints": 0.05}
+SHARES = {
+    **{"hostfiles": 0.2, "selections": 0.1, "variables": 0.2, "paths": 0.1, "recipes": 0.2, "prints": 0.05},
+    **{"jobs": 0.09, "scripts": 0.03, "steps": 0.03},
+}
 
 RECORD = """\
 #!/usr/bin/env bash
@@ -234,6 +239,108 @@ def test_paths(make: Injections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert refused(error)
             refusals += 1
     assert refusals > 0.8 * share("paths"), "ssh is spared what a shell would have to be asked to leave alone"
+
+
+# SLURM ----------------------------------------------------------------------------------------------------------------
+
+RECORD_WHOLE = """\
+#!/usr/bin/env bash
+# Notes its arguments and its environment, each word ended by NUL, and does what its last lines say.
+printf '%s\\0' "$@" >>"{root}/record-${{0##*/}}"
+env -0 >"{root}/environment-${{0##*/}}"
+"""
+
+
+def slurm_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **does: str) -> None:
+    programs = tmp_path / "slurm-programs"
+    programs.mkdir()
+    for name, lines in does.items():
+        (programs / name).write_text(RECORD_WHOLE.format(root=tmp_path) + lines + "\n")
+        (programs / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+
+def job_recipe(tmp_path: Path, root: Path, slurm: dict[str, Any]) -> Recipe:
+    overrides = {"launch": {"backend": "slurm", "nodes": 2, "slurm": slurm}, "run_dir": str(root)}
+    return recipe_file.load(recipe_at(tmp_path), [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+
+
+def test_jobs(make: Injections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options, paths and variables of a job: what the recipe, or SLURM, does not refuse is a word of its own there."""
+    slurm_on_path(tmp_path, monkeypatch, sbatch="echo '12;cluster'", sinfo="echo 'n1 idle gpu:2'", scancel="")
+    fields = ("partition", "account", "qos", "gres", "exclude", "options")
+    submitted = 0
+    for k in range(share("jobs") // 3):
+        field, text, value = fields[k % 6], make(), make(without="\0")
+        word = f"--comment={text}" if field == "options" else f"--{field}={text}"
+        root = tmp_path / "runs" / f"r{make(without='/' + chr(0), around=' -.ab')}"
+        try:
+            recipe = job_recipe(tmp_path, root, {field: [word] if field == "options" else text})
+        except RecipeError as error:
+            assert refused(error) and re.search(r"(?m)^\S*(recipe\.yaml|--set)", error.message), "it says where"
+            continue
+        monkeypatch.setenv("HF_X", value)
+        hidden = secret.implied("HF_X", value)
+        root.mkdir(parents=True)
+        try:
+            job = jobs.submit(Run(root), recipe)
+        except UsageError as error:
+            assert refused(error)
+            assert re.search(r"[\\\x00-\x1f]", str(root)), "SLURM cannot have a log there"
+            continue
+        submitted += 1
+        words = noted(tmp_path / "record-sbatch")
+        assert job.id == "12" and words == slurm.sbatch(recipe, Run(root))[1:]
+        assert word in words and f"--chdir={root}" in words and words[-2:] == [str(slurm.SCRIPT), str(root)]
+        there = (tmp_path / "environment-sbatch").read_bytes().split(b"\0")
+        assert (os.fsencode(f"HF_X={value}") in there) != hidden
+        assert jobs.submitted(slurm.sbatch_to_look(recipe.launch, "a name", 5), recipe.launch) == "12"
+        words = noted(tmp_path / "record-sbatch")
+        assert word in words and words[-1] == "--wrap=exec sleep 300"
+        if field in ("partition", "exclude"):
+            new_hostfile.from_slurm(recipe)
+            asked = noted(tmp_path / "record-sinfo")
+            assert asked[3:] == ([word] if field == "partition" else [])
+    assert submitted > share("jobs") / 15
+
+
+def test_the_batch_script(make: Injections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, with odd names of recipes and runs, arguments, and names of hosts to keep away from."""
+    of_run = f'case $1 in launch) cat "{tmp_path}/run" ;; *) exit 75 ;; esac'
+    slurm_on_path(tmp_path, monkeypatch, speechctl=of_run, scontrol="", srun="exit 1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    for k in range(share("scripts") // 3):
+        root = tmp_path / "runs" / f"r{make(without='/' + chr(0)).rstrip(chr(10))}"
+        argument = make(without="\0", around=" -ab")
+        excluded = make(without="\0").rstrip("\n")
+        (root / "control").mkdir(parents=True)
+        (root / "slurm").mkdir()
+        (root / "slurm" / "exclude").write_bytes(os.fsencode(excluded))
+        (tmp_path / "run").write_bytes(os.fsencode(root) + b"\n")
+        recipe = f"{root}.yaml"
+        first = recipe if k % 2 else str(root)
+        done = subprocess.run(["bash", slurm.SCRIPT, first, argument], capture_output=True, check=False, timeout=20)
+        assert done.returncode == ExitCode.STOPPED, done.stderr
+        made = ["launch", recipe, "--backend", "slurm", "--set", "launch.nodes=2", argument, "--hold"]
+        resumed = ["resume", str(root), "--in-allocation"]
+        assert noted(tmp_path / "record-speechctl") == ([*made, *resumed] if k % 2 else [*resumed, argument])
+        requeued = ["requeue", "7", "update", "JobId=7", f"ExcNodeList={excluded}"]
+        assert noted(tmp_path / "record-scontrol") == (requeued if excluded else requeued[:2])
+
+
+def test_steps_of_a_job(make: Injections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = recorders(tmp_path, monkeypatch)
+    slurm_on_path(tmp_path, monkeypatch, srun='while [[ $1 == --* ]]; do shift; done\nexec "$@"')
+    for k in range(share("steps") // 2):
+        root = tmp_path / "runs" / f"r{make(without='/' + chr(0), around=' -.ab')}"
+        pythonpath = make(without="\0").rstrip("\n")
+        attempt = recorded_attempt(root, programs, pythonpath)
+        process = slurm.start(attempt, k, Host("gpu-01", 1))
+        process.communicate(timeout=20)
+        assert process.returncode == 0, attempt.srun_log(k).read_bytes()
+        assert noted(tmp_path / "record-srun") == slurm.argv(attempt, k, Host("gpu-01", 1))[1:]
+        assert noted(tmp_path / "record") == ["-m", "launcher.node", str(attempt.root), str(k), pythonpath]
 
 
 # Recipes --------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.backends import ssh
+from launcher.backends import slurm, ssh
 from launcher.errors import ExitCode
 from launcher.hosts import Host
 from launcher.prepare import session
@@ -57,8 +57,9 @@ def facts(k: int) -> dict[str, Any]:
     """Of a host in good order, the k-th of NEEDS."""
     peers = range(1, 5) if k == 0 else sorted({1, (k + 1) % 4 + 1})
     named = [{"name": f"gpu-{j}", "address": None, "addresses": [f"10.0.0.{j}"], "forward_s": 0.001} for j in peers]
-    gpus = [{"index": str(g), "name": "H100", "driver_version": "570.1", "memory.total": "81559"} for g in range(8)]
-    fine = {"ecc": "0", "retired": "No", "throttle": "0x0000000000000001"}
+    card = {"name": "H100", "driver_version": "570.1", "memory.total": "81559", "memory.used": "4"}
+    gpus = [{"index": str(g), **card} for g in range(8)]
+    fine = {"ecc": "0", "retired": "No", "remap_pending": "No", "remap_failure": "No", "slowed": "0x0000000000000001"}
     return {
         "system": {"host": f"gpu-{k + 1}", "machine_id": f"{k:032x}", "kernel": "6.1"},
         "environment": ENVIRONMENT,
@@ -115,6 +116,10 @@ def other_package(found: Findings) -> None:
 
 def other_environment(found: Findings, k: int, **changes: Any) -> None:
     found.seen[k - 1].facts["environment"] = {"value": {**ENVIRONMENT, **changes}}
+
+
+def other_cuda(found: Findings) -> None:
+    other_environment(found, 3, cuda=None)
 
 
 def all_clocks(found: Findings) -> None:
@@ -193,15 +198,30 @@ PLANTED: dict[str, tuple[Plant, str, str, Verdict, str, str]] = {
         *("gpu-4: Name or service not known", "address="),
     ),
     "a process of somebody else": (
-        *(lambda f: value(f, 3, "gpus")["processes"].append({"pid": 7, "name": "python", "ours": False}),),
+        *(lambda f: value(f, 3, "gpus")["processes"].append({"pid": 7, "name": "python", "gpu": "7", "ours": False}),),
         *("GPU processes", "gpu-3", "fail", "python (pid 7) compute there", "launch.exclude=[gpu-3]"),
+    ),
+    "memory of a GPU that nobody has": (
+        *(lambda f: value(f, 3, "gpus")["gpus"][2].update({"memory.used": "70000"}), "GPU memory", "gpu-3", "warn"),
+        *("GPU 2 has 68.4 GiB taken, and no process of it is seen", "`fuser -v /dev/nvidia*` on gpu-3"),
+    ),
+    "a GPU that is too small": (
+        *(lambda f: value(f, 3, "gpus")["gpus"][2].update({"memory.total": "8192"}), "GPU memory", "gpu-3", "fail"),
+        *("GPU 2: 8.0 GiB free", "a higher zero_stage"),
+    ),
+    "torch without CUDA": (
+        *(other_cuda, "CUDA", "gpu-3", "fail", "torch without CUDA", "install torch for CUDA 12.8 into /shared/venv"),
+    ),
+    "rows to remap": (
+        *(lambda f: value(f, 2, "gpus")["health"][5].update(remap_pending="1"), "GPU health", "gpu-2", "fail"),
+        *("GPU 5 has rows to remap", "ROW_REMAPPER"),
     ),
     "memory errors": (
         *(lambda f: value(f, 2, "gpus")["health"][5].update(ecc="4"), "GPU health", "gpu-2", "fail"),
         *("GPU 5 has 4 uncorrected memory errors", "reset the GPU or reboot gpu-2"),
     ),
     "a hot GPU": (
-        *(lambda f: value(f, 2, "gpus")["health"][0].update(throttle="0x40"), "GPU health", "gpu-2", "warn"),
+        *(lambda f: value(f, 2, "gpus")["health"][0].update(slowed="0x40"), "GPU health", "gpu-2", "warn"),
         *("GPU 0 is slowed by heat or power (0x40)", "nvidia-smi -q"),
     ),
     "another driver": (
@@ -493,31 +513,62 @@ def test_only_segments_that_nobody_has_open_are_stale(probe: session.Session, tm
             path.unlink(missing_ok=True)
 
 
-def test_gpus_as_nvidia_smi_tells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small nvidia-smi on PATH, whose driver does not know a field of the second group."""
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text(
-        """#!/bin/sh
+SMI = """\
+#!/bin/sh
 case "$1" in
---query-gpu=index,name*) echo "0, NVIDIA H100 80GB HBM3, 570.124.06, 81559, 4" ;;
---query-gpu=*) echo 'Field "retired_pages.pending" is not a valid field to query.'; exit 2 ;;
---query-compute-apps=*) printf '77, /usr/bin/python3\\n' ;;
-*) echo "| NVIDIA-SMI 570.124.06    Driver Version: 570.124.06    CUDA Version: 12.8     |" ;;
+--query-gpu=index,uuid*) cat "$SMI/gpus" ;;
+--query-gpu=index,*) cat "$SMI/${1##*,}" || { echo "Field is not a valid field to query."; exit 2; } ;;
+--query-compute-apps=gpu_uuid*) cat "$SMI/apps" ;;
+*) echo "| NVIDIA-SMI 535.183.01   Driver Version: 535.183.01   CUDA Version: 12.2     |" ;;
 esac
 """
-    )
+"""Of a driver that has no name for the reasons yet but the old one, and does not know of rows to remap."""
+
+
+def test_gpus_as_nvidia_smi_tells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its older drivers do: through the real probe, and the judge. Of eight GPUs the host's line has two."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(SMI)
     smi.chmod(0o755)
+    card = "NVIDIA A100-SXM4-80GB, 535.183.01, 81920"
+    said = {
+        "gpus": [f"{k}, GPU-{k}, {card}, {40000 if k == 3 else 7}" for k in range(8)],
+        "ecc.errors.uncorrected.volatile.total": [f"{k}, {2 if k == 7 else 0}" for k in range(8)],
+        "retired_pages.pending": [f"{k}, [N/A]" for k in range(8)],
+        "clocks_throttle_reasons.active": [f"{k}, 0x00000000000000{'48' if k == 1 else '01'}" for k in range(8)],
+        "apps": ["GPU-0, 77, /usr/bin/python3, a b", "GPU-3, 78, [Not Found]"],
+    }
+    for name, lines in said.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    monkeypatch.setenv("SMI", str(tmp_path))
     monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     made = session.Session(Host("localhost", 1), session.here_argv())
     made.connect(time.monotonic() + 20)
     try:
         found = asked(made, "gpus", needs_here(tmp_path))["value"]
     finally:
         made.close()
-    assert found["gpus"][0]["name"] == "NVIDIA H100 80GB HBM3" and found["gpus"][0]["driver_version"] == "570.124.06"
-    assert found["health"] == [] and found["cuda"] == "12.8"
-    assert found["processes"] == [{"pid": 77, "name": "/usr/bin/python3", "ours": False}]
+    assert len(found["gpus"]) == 8 and found["gpus"][0]["name"] == "NVIDIA A100-SXM4-80GB" and found["cuda"] == "12.2"
+    assert found["health"][1] == {"index": "1", "ecc": "0", "retired": "[N/A]", "slowed": "0x0000000000000048"}
+    assert found["processes"] == [
+        {"pid": 77, "name": "/usr/bin/python3, a b", "gpu": "0", "ours": False},
+        {"pid": 78, "name": "[Not Found]", "gpu": "3", "ours": False},
+    ]
+
+    def red(*gpus: int) -> dict[str, str]:
+        host = Host("gpu-1", len(gpus), gpus=gpus)
+        needs = dataclasses.replace(NEEDS, machines=(host,))
+        seen = Seen(host, facts={"gpus": {"value": {**found, "devices": 8}}})
+        return {c.name: c.found for c in judge(Findings(needs, [seen], None, None, 2 * GIB)) if c.verdict != "ok"}
+
+    assert red(4, 5) == {}, "what is wrong with the others is not of this run"
+    assert red(1, 7) == {
+        "GPU health": "GPU 7 has 2 uncorrected memory errors and GPU 1 is slowed by heat or power (0x0000000000000048)"
+    }
+    assert red(3, 4) == {"GPU processes": "[Not Found] (pid 78) compute there"}
+    assert red(0) == {"GPU processes": "/usr/bin/python3, a b (pid 77) compute there"}
 
 
 def test_nothing_of_a_recipe_stands_in_a_command_line() -> None:
@@ -525,7 +576,6 @@ def test_nothing_of_a_recipe_stands_in_a_command_line() -> None:
     plain = ssh.command_argv(host, "X")
     assert session.ssh_argv(host) == [*plain[:-1], f"exec python3 -c '{session.BOOT}'"]
     assert session.srun_argv(host, "7") == [
-        *("srun", "--jobid=7", "--nodelist=gpu-1", "--nodes=1", "--ntasks=1", "--overlap", "--quiet"),
-        *("python3", "-c", session.BOOT),
+        *("srun", *slurm.SRUN, "--jobid=7", "--nodelist=gpu-1", "python3", "-c", session.BOOT),
     ]
     assert "'" not in session.BOOT and '"' not in session.BOOT and "$" not in session.BOOT

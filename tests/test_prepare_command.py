@@ -6,18 +6,21 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from launcher.backends import slurm
 from launcher.errors import ExitCode
 from launcher.hosts import Host, load_hostfile
 from launcher.prepare import mend, session
-from tests.conftest import Golden, Stub, count
+from tests.conftest import Golden, Stub, count, gone, wait_until
 from tests.simulated import Simulated, address
 
 KINDS = {
@@ -78,6 +81,21 @@ def test_64_hosts_most_of_them_slow_or_dead(simulated: Simulated) -> None:
     sums = {c["found"] for c in checks if c["name"] == "all-reduce"}
     assert len(sums) == 1 and re.fullmatch("not tried: .* was not reached", sums.pop())
     count("hosts", 64)
+
+
+def test_ctrl_c_waits_for_no_host(simulated: Simulated) -> None:
+    simulated.add("fine-1", "silent-1", "silent-2")
+    stub = simulated.stub
+    with stub.start(*stub.command, "prepare", "stub.yaml", "--set", simulated.hostfile()) as process:
+        wait_until(lambda: simulated.calls.exists() and simulated.calls.read_text().count("\n") == 3)
+        time.sleep(0.5)
+        began = time.monotonic()
+        others = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+        assert process.returncode == 130 and "Traceback" not in stderr, stderr
+        assert time.monotonic() - began < 8, "1 s is usual; those that are silent would be waited for 11 s"
+    assert gone({child.pid for child in others}, within_s=5)
 
 
 PLANTED: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -268,16 +286,24 @@ def test_a_hostfile_of_slurm(stub: Stub) -> None:
 
 # SLURM ---------------------------------------------------------------------------------------------------------------
 
-SALLOC = """\
+SBATCH = """\
 #!/bin/sh
-printf '%s\\n' salloc "$@" >>"$SLURM_CALLS"
-[ -z "$SALLOC_SAYS" ] || { echo "$SALLOC_SAYS" >&2; exit 1; }
-echo "salloc: Granted job allocation 77" >&2
+printf '%s\\n' sbatch "$@" >>"$SLURM_CALLS"
+[ -z "$SBATCH_SAYS" ] || { echo "$SBATCH_SAYS" >&2; exit 1; }
+echo "77;cluster"
 """
-SQUEUE = '#!/bin/sh\nprintf "%s\\n" squeue "$@" >>"$SLURM_CALLS"\necho "fine-[1-2]"\n'
+SQUEUE = """\
+#!/bin/sh
+case "$*" in
+*format=%N*) echo "fine-[1-2]" ;;
+*) echo "${SQUEUE_SAYS:-RUNNING|None}" ;;
+esac
+"""
 SCANCEL = '#!/bin/sh\nprintf "%s\\n" scancel "$@" >>"$SLURM_CALLS"\n'
 SRUN = """\
 #!/usr/bin/env bash
+printf '%s ' srun "$@" >>"$SLURM_CALLS"
+echo >>"$SLURM_CALLS"
 for word; do case "$word" in --nodelist=*) host="${word#*=}" ;; python3) break ;; esac; done
 STUB_HOST="$(cat "$STUB_HOSTS/$host.json")"
 export STUB_HOST
@@ -288,10 +314,14 @@ exec "$@"
 
 
 def test_slurm_nodes_are_looked_at_in_a_job_that_is_given_back(simulated: Simulated) -> None:
+    """Asked for by the recipe's own options, whatever they say about what is this job's own affair."""
     stub = simulated.stub
-    on_path(stub, salloc=SALLOC, squeue=SQUEUE, scancel=SCANCEL, srun=SRUN)
+    # A job gets little of our environment.
+    own = "".join(f"{name}='{stub.env[name]}'\n" for name in ("STUB_HOSTS", "SSH_PYTHON"))
+    on_path(stub, sbatch=SBATCH, squeue=SQUEUE, scancel=SCANCEL, srun=SRUN.replace("\n", f"\n{own}", 1))
     simulated.add("fine-1", "fine-2")
-    recipe = "launch={backend: slurm, nodes: 2, device: cpu, slurm: {partition: p q, options: [--comment=x y]}}"
+    options = "[--comment=x y, --time=1-0, --job-name=z]"
+    recipe = f"launch={{backend: slurm, nodes: 2, device: cpu, slurm: {{partition: p q, options: {options}}}}}"
     done = stub.speechctl("prepare", "stub.yaml", "--json", "--set", recipe)
     assert done.returncode in (0, ExitCode.PREFLIGHT), done.stderr
     value = json.loads(done.stdout)
@@ -300,11 +330,35 @@ def test_slurm_nodes_are_looked_at_in_a_job_that_is_given_back(simulated: Simula
         "fine-1",
         "fine-2",
     }
-    assert (stub.root / "calls").read_text().splitlines() == [
-        *("salloc", "--no-shell", "--job-name=speechctl-prepare", "--immediate=60", "--time=5", "--nodes=2"),
-        *("--ntasks-per-node=1", "--partition=p q", "--comment=x y"),
-        *("squeue", "--noheader", "--jobs=77", "--format=%N", "scancel", "77"),
+    calls = (stub.root / "calls").read_text().splitlines()
+    (name,) = (call for call in calls if call.startswith("--job-name=speechctl-prepare-"))
+    assert [call for call in calls if not call.startswith("srun ")] == [
+        *("sbatch", "--parsable", "--partition=p q", "--comment=x y", "--time=1-0", "--job-name=z"),
+        *(name, "--nodes=2", "--ntasks-per-node=1", "--time=5", "--no-requeue", "--export=ALL", "--chdir=/"),
+        *("--output=/dev/null", "--wrap=exec sleep 300", "scancel", name.replace("--job-name", "--name")),
     ]
-    refused = {**stub.env, "SALLOC_SAYS": "salloc: error: Unable to allocate resources: Requested nodes are busy"}
-    done = stub.speechctl("prepare", "stub.yaml", "--set", recipe, env=refused)
-    assert done.returncode == ExitCode.HOST and "Requested nodes are busy" in done.stderr
+    flags = " ".join([*slurm.SRUN, "--jobid=77"])
+    for k in (1, 2):
+        assert f"srun {flags} --nodelist=fine-{k} python3 -c {session.BOOT} " in calls, "as a node of a run"
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        ({"SBATCH_SAYS": "sbatch: error: invalid partition specified: p"}, "sbatch refused the job: invalid partition"),
+        ({"SQUEUE_SAYS": "CANCELLED|None"}, "SLURM gave no nodes to look at in 0 s: job 77 CANCELLED"),
+        ({"SLURM_JOB_ID": "5"}, "the recipe asks for 3 nodes, and job 5, which this runs in, has 2"),
+    ],
+)
+def test_slurm_that_gives_no_nodes_is_one_error(simulated: Simulated, says: dict[str, str], words: str) -> None:
+    stub = simulated.stub
+    told = "".join(f"{name}='{value}'\n" for name, value in says.items())
+    fakes = {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL}
+    on_path(stub, **{name: text.replace("\n", f"\n{told}", 1) for name, text in fakes.items()})
+    inside = {k: v for k, v in says.items() if k == "SLURM_JOB_ID"}
+    recipe = "launch={backend: slurm, nodes: 3, slurm: {partition: p}}"
+    done = stub.speechctl("prepare", "stub.yaml", "--set", recipe, env={**stub.env, **inside})
+    assert done.returncode == (ExitCode.USAGE if inside else ExitCode.HOST), done.stderr
+    assert f"error: {words}" in done.stderr and "\nhint: " in done.stderr
+    calls = (stub.root / "calls").read_text() if (stub.root / "calls").exists() else ""
+    assert ("scancel" in calls) != bool(inside), "a job that is not ours is left alone"

@@ -112,6 +112,25 @@ def test_values_of_the_recipe_reach_sbatch_as_single_words(stub: Stub, fakes: Fa
     assert not list(stub.root.rglob("canary"))
 
 
+@pytest.mark.parametrize(
+    "option", ["--wrap=x", "--wra=x", "--w=x", "--export-f=/x", "--chdir=/", "-N2", "--no=1", "wrap"]
+)
+def test_options_that_are_not_the_recipes_are_refused_whole_and_abbreviated(stub: Stub, option: str) -> None:
+    """sbatch takes `--wra=…` for `--wrap=…`, and so did the recipe: a job could run something else than its run."""
+    write(stub, json.dumps({"backend": "slurm", "nodes": 1, "slurm": {"options": ["--mem=0", option]}}))
+    with pytest.raises(RecipeError, match=r"is set by speechctl|expected a long option of sbatch"):
+        load(stub.recipe)
+
+
+def test_what_sbatch_says_instead_of_a_number_is_no_job(stub: Stub, fakes: Fakes) -> None:
+    fakes.answer("sbatch", out="slurm-wlm 22.05.8\n")
+    write(stub, "{backend: slurm, nodes: 1, slurm: {options: [--version]}}")
+    done = stub.speechctl("launch", "stub.yaml")
+    assert done.returncode == ExitCode.HOST
+    assert "error: expected the number of a job from sbatch, and it said 'slurm-wlm 22.05.8'" in done.stderr
+    assert not stub.run.root.exists()
+
+
 def test_a_line_break_is_no_end_of_a_word(stub: Stub, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes are read without any; this is for who makes one in Python."""
     monkeypatch.setenv("PATH", stub.env["PATH"])
@@ -140,6 +159,8 @@ def test_the_environment_of_a_job_is_what_ranks_may_have_and_settings(stub: Stub
     assert found["PATH"].split(":")[:2] == [str(Path(sys.executable).parent), str(fakes.folder)]
     inside = jobs.environment_of_a_job({**given, "SLURM_JOB_ID": "1", "SLURM_CONF": "/etc/x", "PATH": "/bin"})
     assert sorted(inside) == ["NCCL_DEBUG", "PATH", "SBATCH_RESERVATION", "SLURM_CONF"], "the rest is that job's"
+    named = jobs.environment_of_a_job({"HF_MINE": "named by the recipe", "HF_HOME": "/hub"}, without=["HF_MINE"])
+    assert sorted(named) == ["HF_HOME", "PATH"]
 
 
 def test_a_job_that_is_refused_leaves_no_run_and_says_why(stub: Stub, fakes: Fakes) -> None:

@@ -1,4 +1,5 @@
-"""A SLURM job: inside it `node.sh` is started by one `srun` for each node; outside, `sbatch` asks for the job.
+"""A SLURM job: inside it `node.sh` is started by one `srun` for each node; outside, `sbatch` asks for the job, or for
+one like it that `prepare` looks at nodes in.
 
 What a word of the command lines says comes from the recipe as it stands there, each value a word of its own: no shell
 reads any of them. Jobs are submitted and asked about in `jobs.py`; `train.sbatch` is what runs as the job.
@@ -11,9 +12,11 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.backends.ssh import Trouble
 from launcher.errors import HostError
 from launcher.hosts import Host
 from launcher.recipe import Recipe
+from launcher.recipe_launch import Launch, Slurm
 from launcher.rundir import Attempt, Run
 
 SCRIPT = Path(__file__).with_name("train.sbatch")
@@ -31,6 +34,12 @@ SRUN = (
 
 def argv(attempt: Attempt, node_rank: int, host: Host) -> list[str]:
     return ["srun", *SRUN, f"--nodelist={host.name}", "bash", str(attempt.node_script), str(node_rank)]
+
+
+def look_argv(host: Host, job: str, *command: str) -> list[str]:
+    """A command on a node of a job that we may be outside of; otherwise as a node of a run is started, so that it
+    finds the limits and devices that the ranks will."""
+    return ["srun", *SRUN, f"--jobid={job}", f"--nodelist={host.name}", *command]
 
 
 def start(attempt: Attempt, node_rank: int, host: Host) -> subprocess.Popen[bytes]:
@@ -59,15 +68,6 @@ def sbatch(recipe: Recipe, run: Run, avoided: Sequence[str] = (), more: Sequence
         more: options of `speechctl resume` for the job's first life.
     """
     slurm = recipe.launch.slurm
-    exclude = ",".join(filter(None, [slurm.exclude, *avoided]))
-    asked = {
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "gres": slurm.gres,
-        "time": None if slurm.time is None else clock(slurm.time),
-        "exclude": exclude or None,
-    }
     return [
         "sbatch",
         "--parsable",
@@ -80,12 +80,45 @@ def sbatch(recipe: Recipe, run: Run, avoided: Sequence[str] = (), more: Sequence
         "--export=ALL",  # of an environment that was filtered (`jobs.environment_of_a_job`)
         f"--chdir={run.root}",
         f"--output={str(run.root).replace('%', '%%')}/slurm/job-%j.log",
-        *(f"--{name}={value}" for name, value in asked.items() if value is not None),
-        *slurm.options,
+        *asked(slurm, slurm.time, avoided),
         str(SCRIPT),
         str(run.root),
         *more,
     ]
+
+
+def sbatch_to_look(launch: Launch, name: str, minutes: int) -> list[str]:
+    """The command that asks for the nodes that a job of this recipe would get, for a while in which nothing runs there
+    but what is started by `look_argv`."""
+    return [
+        "sbatch",
+        "--parsable",
+        *asked(launch.slurm, None),
+        # Behind the recipe's options, which may say something else about these.
+        f"--job-name={name}",
+        f"--nodes={launch.nodes}",
+        "--ntasks-per-node=1",
+        f"--time={minutes}",
+        "--no-requeue",
+        "--export=ALL",
+        "--chdir=/",
+        "--output=/dev/null",
+        f"--wrap=exec sleep {minutes * 60}",
+    ]
+
+
+def asked(slurm: Slurm, time_s: float | None, avoided: Sequence[str] = ()) -> list[str]:
+    """What the recipe says about its jobs, as options."""
+    exclude = ",".join(filter(None, [slurm.exclude, *avoided]))
+    options = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "gres": slurm.gres,
+        "time": None if time_s is None else clock(time_s),
+        "exclude": exclude or None,
+    }
+    return [*(f"--{name}={value}" for name, value in options.items() if value is not None), *slurm.options]
 
 
 def clock(seconds: float) -> str:
@@ -110,6 +143,27 @@ def lost(attempt: Attempt, node_rank: int) -> bool:
     """Whether SLURM gave the node up, or srun could not reach it any more."""
     signs = "Node failure on|Communication connection failure|[Tt]imed out"
     return re.search(signs, last_words(attempt, node_rank)) is not None
+
+
+TROUBLES = (
+    Trouble("no python3", "python3: .*(not found|No such file)", "install python3 on {name}, 3.8 or newer"),
+    Trouble(
+        "the job is over",
+        "Invalid job id|[Ee]xpired|already complet|REVOKED|CANCELLED|TIME LIMIT",
+        "somebody cancelled it, or it took too long: once more; `speechctl prepare` inside a longer job takes that",
+    ),
+    Trouble(
+        "no answer",
+        "",
+        "`scontrol show node {name}` says how it is; --set launch.slurm.exclude={name} leaves it out",
+    ),
+)
+
+
+def trouble(said: str, host: Host) -> Trouble:
+    """What kind of trouble srun's words mean, with a hint for this host."""
+    kind = next(t for t in TROUBLES if re.search(t.sign, said))
+    return kind._replace(hint=kind.hint.format(name=host.name))
 
 
 def refusal(attempt: Attempt, node_rank: int, host: Host) -> HostError:

@@ -13,7 +13,7 @@ SEVERITY: tuple[Verdict, ...] = ("ok", "unknown", "warn", "fail")
 COLUMNS: dict[str, tuple[str, ...]] = {
     "reach": ("reachable", "host key", "machine"),
     "python": ("interpreter", "python", "packages", "code"),
-    "gpu": ("GPUs", "driver", "CUDA", "NCCL", "GPU processes", "GPU health"),
+    "gpu": ("GPUs", "driver", "CUDA", "NCCL", "GPU processes", "GPU memory", "GPU health"),
     "memory": ("RAM", "/dev/shm"),
     "limits": ("limits",),
     "disk": ("space", "inodes", "writable", "shared directory"),

@@ -38,7 +38,9 @@ class Needs:
     interface_names: tuple[tuple[str, str], ...] = ()
     """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, as far as the user has set them."""
     variables: dict[str, str] = field(default_factory=dict)
-    """What ranks have in their environment."""
+    """What ranks have in their environment, but for the secrets."""
+    secrets: tuple[str, ...] = ()
+    """Variables whose values go to no host."""
 
     def for_host(self, rank: int) -> dict[str, Any]:
         """What the probe there is told. The head meets all, the others the head and the next in a ring."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from launcher import environment, rundir
-from launcher.backends import ssh
+from launcher import environment, jobs, rundir
+from launcher.backends import slurm, ssh
 from launcher.hosts import Host
 from launcher.node import WORKER
 from launcher.prepare.findings import AllReduce, Findings, Needs, Seen
@@ -39,6 +39,7 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
     if source is not None and (Path(source).exists() or source.startswith(".")):
         source = os.path.abspath(source)
     home = os.environ.get("HF_HOME")
+    hidden = tuple(environment.secrets(recipe.launch))
     interfaces = ((name, os.environ.get(name)) for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"))
     return Needs(
         backend=recipe.launch.backend,
@@ -56,7 +57,8 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
         token=f".speechctl-{secrets.token_hex(8)}",
         holder=rundir.holder(run),
         interface_names=tuple((name, value) for name, value in interfaces if value),
-        variables=environment.rank_variables(recipe.launch.backend, 1, recipe.launch.device),
+        variables=environment.rank_variables(recipe.launch.backend, 1, recipe.launch.device, hidden),
+        secrets=hidden,
     )
 
 
@@ -68,7 +70,11 @@ class Crew:
         self.seen = [Seen(host) for host in needs.machines]
         self.here = None if needs.backend == "local" else Seen(Host("localhost", 1))
         self.began = time.monotonic()
-        self.sessions = [Session(host, argv(host)) for host in needs.machines]
+        by_slurm = needs.backend == "slurm"
+        # srun gives its own environment to what it starts.
+        env = jobs.environment_of_a_job(without=needs.secrets) if by_slurm else None
+        self.trouble = slurm.trouble if by_slurm else ssh.trouble
+        self.sessions = [Session(host, argv(host), env) for host in needs.machines]
         self.session_here = None if self.here is None else Session(self.here.host, here_argv())
         self.shared_here: str | None = None
 
@@ -114,10 +120,10 @@ class Crew:
             seen.facts = session.ask("facts", until + 1, names=list(names), needs=needs, timeout_s=timeout_s)
         except Silent as error:
             seen.words = str(error)
-            seen.trouble = ssh.trouble("timed out", seen.host)._replace(what="no answer")
+            seen.trouble = self.trouble("timed out", seen.host)._replace(what="no answer")
         except Unanswered as error:
             seen.words = str(error)
-            seen.trouble = ssh.trouble(session.said(), seen.host)
+            seen.trouble = self.trouble(session.said(), seen.host)
 
     def _share(self, until: float) -> None:
         """The head writes a file where the run will be; all others read it."""
@@ -238,8 +244,12 @@ class Crew:
             backend=backend,
         )
 
-    @staticmethod
-    def _on_all(function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
+    def _on_all(self, function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
         """The function on each value at once, in as many threads."""
         with ThreadPoolExecutor(max(1, len(values))) as pool:
-            return list(pool.map(function, values))
+            try:
+                return list(pool.map(function, values))
+            except KeyboardInterrupt:
+                for session in self.sessions:
+                    session.kill()  # or its thread would wait for it to the end of its time
+                raise

@@ -16,11 +16,12 @@ from importlib import metadata
 from pathlib import Path
 
 import launcher
-from launcher import verbs
+from launcher import secret, verbs
 from launcher.prepare.checks import Check, several
 from launcher.prepare.findings import Needs
 from launcher.prepare.look import Crew
 from launcher.prepare.session import Session, Unanswered
+from launcher.redact import Redactor
 
 MINUTES_S = 1800.0
 """For an environment to be installed: gigabytes, over whatever network there is."""
@@ -107,6 +108,7 @@ def environment(session: Session, prefix: str, packages: list[str]) -> str:
     python, until = f"{prefix}/bin/python", time.monotonic() + MINUTES_S
     where = {name: value for name, value in os.environ.items() if name.startswith(("UV_", "PIP_"))}
     put: list[str] = []
+    hidden = Redactor(value for name, value in where.items() if secret.implied(name, value))  # of a package index
 
     def run(*argv: str) -> tuple[int, str, str]:
         timeout_s = until - time.monotonic()
@@ -151,5 +153,6 @@ def environment(session: Session, prefix: str, packages: list[str]) -> str:
             session.ask("remove", time.monotonic() + 10, path=path)
     if problem is None:
         return f"made {prefix} with {len(packages)} packages and this speechctl"
+    problem = hidden.text(problem)
     plainly = "; no package index is reached from there, or it lacks them" if OFFLINE.search(problem) else ""
     return f"not mended: {problem}{plainly}"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from launcher import hosts, rundir
+from launcher import environment, hosts, jobs, rundir
 from launcher.errors import HostError, UsageError
 from launcher.hosts import Host
 from launcher.nodelist import expand_nodelist
 from launcher.prepare import session
-from launcher.prepare.allocation import gpus, slots
 from launcher.prepare.look import Crew, needs_of
 from launcher.recipe import Recipe
 
@@ -56,33 +55,25 @@ def from_list(recipe: Recipe, texts: Sequence[str]) -> list[Host]:
 
 
 def from_slurm(recipe: Recipe) -> list[Host]:
-    """The nodes of the job we are in, or else those of the recipe's partition that are up.
+    """The nodes of the job we are in, or else those of the recipe's partition that are up and not excluded.
 
     Raises:
         HostError: SLURM is not here or has no node.
     """
-    own = slots(recipe.launch)
+    slurm, own = recipe.launch.slurm, environment.slots_of_job(recipe.launch)
     if (nodes := os.environ.get("SLURM_JOB_NODELIST")) is not None:
         given = os.environ.get("SLURM_GPUS_ON_NODE", "")
         return [Host(name, int(given) if given.isdigit() and int(given) else own) for name in expand_nodelist(nodes)]
-    partition = recipe.launch.slurm.partition
-    command = [
-        "sinfo",
-        "--noheader",
-        "--Node",
-        "--format=%N %t %G",
-        *([f"--partition={partition}"] if partition else []),
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    except OSError as error:
-        hint = "run this on a login node of the cluster, or name the hosts"
-        raise HostError(f"cannot start sinfo: {error.strerror}", hint=hint) from error
+    where = [f"--partition={slurm.partition}"] if slurm.partition else []
+    said = jobs.ask(["sinfo", "--noheader", "--Node", "--format=%N %t %G", *where])
     found = {}
-    for name, state, gres in (line.split(None, 2) for line in done.stdout.splitlines() if line.count(" ") > 1):
+    for name, state, gres in (line.split(None, 2) for line in said.stdout.splitlines() if line.count(" ") > 1):
         if USABLE.fullmatch(state):
-            found[name] = Host(name, gpus(gres.strip()) or own)
+            found[name] = Host(name, environment.gpus_of_gres(gres.strip()) or own)
+    with suppress(UsageError):  # it may be the name of a file
+        for name in expand_nodelist(slurm.exclude or ""):
+            found.pop(name, None)
     if not found:
-        said = done.stderr.strip() or "it lists no node that is up"
-        raise HostError(f"sinfo: {said}", hint="look at `sinfo`, or name the hosts")
+        words = said.stderr.strip() or "it lists no node that is up"
+        raise HostError(f"sinfo: {words}", hint="look at `sinfo`, or name the hosts")
     return list(found.values())

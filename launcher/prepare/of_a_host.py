@@ -56,21 +56,62 @@ def _gpus(found: Findings, seen: Seen) -> Iterator[Check]:
         yield Check("GPUs", name, "ok", f"{count} GPU(s) for {slots} slot(s)")
     environment = seen.value("environment") or {}
     has, wants = value.get("cuda"), environment.get("cuda")
-    if has and wants:
+    if count and wants is None and "torch" in environment.get("packages", {}):
+        hint = f"install torch for CUDA {has or '(see `nvidia-smi`)'} into {environment['prefix']} on {name}, or"
+        hint += " --set launch.device=cpu to leave the GPUs alone"
+        yield Check("CUDA", name, "fail", "torch without CUDA", "torch for CUDA, as there are GPUs", hint)
+    elif has and wants:
         older = _numbers(has)[:1] < _numbers(wants)[:1]
         hint = f"update the driver of {name}, or install torch for CUDA {has}" if older else ""
         yield Check("CUDA", name, "fail" if older else "ok", f"driver for CUDA {has}", f"torch for CUDA {wants}", hint)
     if nccl := next((v for p, v in environment.get("packages", {}).items() if p.startswith("nvidia-nccl")), None):
         yield Check("NCCL", name, "ok", nccl)
-    foreign = [p for p in value.get("processes", []) if not p["ours"]]
+    used = _used(seen)
+    processes = [p for p in value.get("processes", []) if p["gpu"] is None or p["gpu"] in used]
+    foreign = [p for p in processes if not p["ours"]]
     if foreign:
         who = several([f"{p['name']} (pid {p['pid']})" for p in foreign])
-        hint = f"ask whose they are; leave {name} out with --set 'launch.exclude=[{name}]', or wait for their end"
+        out = f"launch.slurm.exclude={name}" if found.needs.backend == "slurm" else f"'launch.exclude=[{name}]'"
+        hint = f"ask whose they are; leave {name} out with --set {out}, or wait for their end"
         yield Check("GPU processes", name, "fail", f"{who} compute there", "no process of others", hint)
     elif "processes" in value:
         yield Check("GPU processes", name, "ok", "none of others")
-    if value.get("health"):
-        yield _health(seen, value["health"])
+    if rows := [r for r in value.get("gpus") or [] if r["index"] in used]:
+        yield from _gpu_memory(found, seen, rows, nobody=not processes)
+    if rows := [r for r in value.get("health") or [] if r["index"] in used]:
+        yield _health(seen, rows)
+
+
+def _used(seen: Seen) -> set[str]:
+    """The GPUs that the ranks there will have, by nvidia-smi's numbers."""
+    visible = [v.strip() for v in (seen.value("gpus")["visible"] or "").split(",") if v.strip().isdigit()]
+    chosen = seen.host.gpus if seen.host.gpus is not None else visible or range(seen.host.slots)
+    return {str(index) for index in list(chosen)[: seen.host.slots]}
+
+
+TAKEN_MIB = 1024
+"""Of a GPU's memory, by nobody that is seen; a driver itself takes some hundred MiB."""
+
+
+def _gpu_memory(found: Findings, seen: Seen, rows: list[dict[str, str]], *, nobody: bool) -> Iterator[Check]:
+    taken = {r["index"]: int(r["memory.used"]) for r in rows if r.get("memory.used", "").isdigit()}
+    free = {r["index"]: int(r["memory.total"]) - taken[r["index"]] for r in rows if r["index"] in taken}
+    if not free:
+        return
+    least = min(free, key=lambda index: free[index])
+    needed = found.state_bytes_per_rank
+    what = f"GPU {least}: {gib(free[least] * 2**20)} free"
+    if needed is not None and nobody and free[least] * 2**20 < needed:
+        hint = "a higher zero_stage, more GPUs or a smaller backbone; `speechctl plan` shows what a rank needs"
+        yield Check("GPU memory", seen.name, "fail", what, f"{gib(needed)} of model states a rank", hint)
+    elif nobody and (lost := [i for i, mib in taken.items() if mib > TAKEN_MIB]):
+        what = several([f"GPU {i} has {gib(taken[i] * 2**20)} taken" for i in lost])
+        hint = (
+            f"somebody in another container, or a process that died badly: see `nvidia-smi` and `fuser` on {seen.name}"
+        )
+        yield Check("GPU memory", seen.name, "warn", f"{what}, and no process of it is seen", "all free", hint)
+    else:
+        yield Check("GPU memory", seen.name, "ok", what)
 
 
 SLOWED = 0x8 | 0x20 | 0x40 | 0x80
@@ -80,17 +121,27 @@ SLOWED = 0x8 | 0x20 | 0x40 | 0x80
 def _health(seen: Seen, rows: list[dict[str, str]]) -> Check:
     bad, slow = [], []
     for row in rows:
-        errors, pending, reasons = (row.get(k, "") for k in list(row)[1:4])
+        gpu = f"GPU {row['index']}"
+        errors, reasons = row.get("ecc", ""), row.get("slowed", "")
         if errors.isdigit() and int(errors):
-            bad.append(f"GPU {row['index']} has {errors} uncorrected memory errors")
-        if pending.lower() == "yes":
-            bad.append(f"GPU {row['index']} has pages to retire")
+            bad.append(f"{gpu} has {errors} uncorrected memory errors")
+        if _yes(row.get("retired")):
+            bad.append(f"{gpu} has pages to retire")
+        if _yes(row.get("remap_pending")):
+            bad.append(f"{gpu} has rows to remap")
+        if _yes(row.get("remap_failure")):
+            bad.append(f"{gpu} has no spare rows left: it is to be replaced")
         if reasons.startswith("0x") and int(reasons, 16) & SLOWED:
-            slow.append(f"GPU {row['index']} is slowed by heat or power ({reasons})")
-    hint = f"reset the GPU or reboot {seen.name} (`nvidia-smi -q -d ECC,PAGE_RETIREMENT,PERFORMANCE` says more)"
+            slow.append(f"{gpu} is slowed by heat or power ({reasons})")
+    hint = f"reset the GPU or reboot {seen.name} (`nvidia-smi -q -d ECC,ROW_REMAPPER,PERFORMANCE` says more)"
     if bad or slow:
         return Check("GPU health", seen.name, "fail" if bad else "warn", several(bad + slow), "healthy GPUs", hint)
     return Check("GPU health", seen.name, "ok", f"{len(rows)} healthy")
+
+
+def _yes(said: str | None) -> bool:
+    """Drivers say Yes and No, or a number."""
+    return said is not None and (said.lower() == "yes" or (said.isdigit() and int(said) > 0))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -29,7 +29,10 @@ from launcher.recipe import Recipe
 Sizes = Callable[[], Plan]
 """Works out the plan, for the sizes in it; raises SpeechctlError where it cannot."""
 
-NEEDED_FOR_A_SUM = (*COLUMNS["python"], *COLUMNS["net"], "look-up", "shared directory")
+LOOK_MINUTES, FIX_MINUTES = 5, 60
+"""Of a SLURM job to look at nodes in, and to install an environment from."""
+
+NEEDED_FOR_A_SUM = (*COLUMNS["python"], *COLUMNS["net"], "GPUs", "CUDA", "look-up", "shared directory")
 
 
 @dataclass
@@ -58,28 +61,34 @@ class Result:
 
 
 @contextmanager
-def reached_by(recipe: Recipe) -> Iterator[tuple[list[Host], Callable[[Host], list[str]]]]:
+def reached_by(
+    recipe: Recipe, minutes: int, say: Callable[[str], None]
+) -> Iterator[tuple[list[Host], Callable[[Host], list[str]]]]:
     """(the hosts of the recipe, how the probe is started on each): under SLURM inside a job.
+
+    Args:
+        minutes: how long a job for that may last.
 
     Raises:
         UsageError: the hostfile cannot be used.
         HostError: SLURM gives no nodes.
     """
     if recipe.launch.backend == "slurm":
-        with allocation(recipe.launch) as (job, machines):
+        with allocation(recipe.launch, minutes, say) as (job, machines):
             yield machines, lambda host: session.srun_argv(host, job)
     else:
         by_ssh = recipe.launch.backend == "ssh"
         yield environment.named(recipe), session.ssh_argv if by_ssh else lambda host: session.here_argv()
 
 
-def prepare(recipe: Recipe, path: Path, *, fix: bool) -> Result:
+def prepare(recipe: Recipe, path: Path, *, fix: bool, say: Callable[[str], None] = print) -> Result:
     """Look at every host of the recipe, and with `fix` mend what is safe to mend and look again.
 
     Args:
         path: the recipe, resolved, for the worker.
+        say: takes lines for whoever waits.
     """
-    with reached_by(recipe) as (machines, argv):
+    with reached_by(recipe, FIX_MINUTES if fix else LOOK_MINUTES, say) as (machines, argv):
         sizes = planned_sizes(path, recipe, machines)
         with Crew(needs_of(recipe, machines), argv) as crew:
             result = examine(crew, sizes)

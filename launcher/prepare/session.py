@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.backends import ssh
+from launcher.backends import slurm, ssh
 from launcher.hosts import Host
 from launcher.probe.answers import MARK
 
@@ -34,9 +35,7 @@ def ssh_argv(host: Host) -> list[str]:
 
 
 def srun_argv(host: Host, job: str) -> list[str]:
-    """One task on that node of a job that runs, beside whatever else runs there."""
-    where = [f"--jobid={job}", f"--nodelist={host.name}", "--nodes=1", "--ntasks=1", "--overlap", "--quiet"]
-    return ["srun", *where, "python3", "-c", BOOT]
+    return slurm.look_argv(host, job, "python3", "-c", BOOT)
 
 
 def here_argv() -> list[str]:
@@ -66,7 +65,11 @@ class Silent(Unanswered):
 class Session:
     """One probe. Used by one thread at a time."""
 
-    def __init__(self, host: Host, argv: list[str]) -> None:
+    def __init__(self, host: Host, argv: list[str], env: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            env: of the command here, where it is not to be ours.
+        """
         self.host = host
         self.began = time.monotonic()
         self.answered_s: float | None = None
@@ -79,7 +82,7 @@ class Session:
         pipe = subprocess.PIPE
         try:
             self.process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                argv, stdin=pipe, stdout=pipe, stderr=self.errors, start_new_session=True
+                argv, stdin=pipe, stdout=pipe, stderr=self.errors, start_new_session=True, env=env
             )
         except OSError as error:
             self.process = None
@@ -119,6 +122,11 @@ class Session:
         """What ssh, srun or the shell over there said on standard error."""
         self.errors.seek(0)
         return self.errors.read(100_000).decode("utf-8", "replace")
+
+    def kill(self) -> None:
+        """End it at once; whoever waits for an answer hears that there will be none."""
+        if self.process is not None:
+            self.process.kill()
 
     def close(self) -> None:
         """End it. What hangs is not waited for."""

@@ -70,27 +70,58 @@ def gpus(needs: dict[str, Any], until: float) -> dict[str, Any]:
     }
     if shutil.which("nvidia-smi") is None:
         return found
-    # Two groups: a field that this driver does not know makes the whole query fail.
-    found["gpus"] = _smi("index,name,driver_version,memory.total,memory.used", until)
-    health = "ecc.errors.uncorrected.volatile.total,retired_pages.pending,clocks_throttle_reasons.active"
-    found["health"] = _smi(f"index,{health}", until)
-    apps = machine.run(["nvidia-smi", "--query-compute-apps=pid,process_name", "--format=csv,noheader"], until)
-    rows = [line.partition(",") for line in apps.stdout.splitlines()]
+    # In groups: a field that this driver does not know makes a whole query fail.
+    found["gpus"] = _smi("index,uuid,name,driver_version,memory.total,memory.used", until)
+    found["health"] = _health(until)
+    which = {row["uuid"]: row["index"] for row in found["gpus"]}
+    fields = "--query-compute-apps=gpu_uuid,pid,process_name"
+    apps = machine.run(["nvidia-smi", fields, "--format=csv,noheader"], until)
+    rows = [[v.strip() for v in line.split(",", 2)] for line in apps.stdout.splitlines() if line.count(",") > 1]
     found["processes"] = [
-        {"pid": int(pid), "name": name.strip(), "ours": machine.is_of_run(int(pid), needs["run"], needs["modules"])}
-        for pid, _, name in rows
-        if pid.strip().isdigit()
+        {
+            "pid": int(pid),
+            "name": name,
+            "gpu": which.get(uuid),
+            "ours": machine.is_of_run(int(pid), needs["run"], needs["modules"]),
+        }
+        for uuid, pid, name in rows
+        if pid.isdigit()
     ]
     cuda = re.search(r"CUDA Version:\s*([0-9.]+)", machine.run(["nvidia-smi"], until).stdout)
     found["cuda"] = cuda[1] if cuda else None
     return found
 
 
+HEALTH = {
+    "ecc": ("ecc.errors.uncorrected.volatile.total",),
+    "retired": ("retired_pages.pending",),
+    "remap_pending": ("remapped_rows.pending",),
+    "remap_failure": ("remapped_rows.failure",),
+    "slowed": ("clocks_event_reasons.active", "clocks_throttle_reasons.active"),  # the older drivers' name for it
+}
+"""What is asked about each GPU's health, each by the first of its names that the driver knows."""
+
+
+def _health(until: float) -> list[dict[str, str]]:
+    """A row for each GPU, with what its driver could tell."""
+    rows: dict[str, dict[str, str]] = {}
+
+    def one(name: str) -> None:
+        said = next(filter(None, (_smi(f"index,{field}", until) for field in HEALTH[name])), [])
+        for row in said:
+            index, value = row.values()
+            rows.setdefault(index, {"index": index})[name] = value
+
+    machine.together(one, list(HEALTH), until)
+    return list(rows.values())
+
+
 def _smi(fields: str, until: float) -> list[dict[str, str]]:
     """A row for each GPU; none where the query fails."""
     done = machine.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], until)
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return [dict(zip(fields.split(","), (v.strip() for v in line.split(",")))) for line in lines]  # noqa: B905
+    lines = [[v.strip() for v in line.split(",")] for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    names = fields.split(",")
+    return [dict(zip(names, values)) for values in lines if len(values) == len(names)]  # noqa: B905
 
 
 def memory(needs: dict[str, Any], until: float) -> dict[str, Any]:
