@@ -77,8 +77,10 @@ class Place:
     def bystanders(self) -> Iterator[Callable[[], list[str]]]:
         """A foreign process on every host; yields what names the hosts on which it is gone."""
         with subprocess.Popen(["sleep", "600"]) as process:
-            yield lambda: ["localhost"] if process.poll() is not None else []
-            process.kill()
+            try:
+                yield lambda: ["localhost"] if process.poll() is not None else []
+            finally:
+                process.kill()
 
     def segments(self) -> list[str]:
         """Shared memory that the run has left. On this machine others have theirs too."""
@@ -234,4 +236,5 @@ def end(process: psutil.Process) -> None:
 
 def left_in_memory(cluster: Cluster) -> list[str]:
     """Shared memory on the hosts: each has its own, and nothing but the run has used it."""
-    return [f"{host}: {name}" for host in cluster.hosts for name in cluster.on(host, "ls", "/dev/shm").stdout.split()]
+    hosts = ("desk", *cluster.hosts)
+    return [f"{host}: {name}" for host in hosts for name in cluster.on(host, "ls", "/dev/shm").stdout.split()]
