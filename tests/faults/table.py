@@ -2,7 +2,8 @@
 
 A failure's `kind` is what happened first; its `code` is what the attempt ends with; `culprit` is what its message
 names; its `verdict` says what follows: `again` is a relaunch from the newest checkpoint, after which the run finishes;
-`mend` is for a person, because the same would happen again.
+`mend` is for a person, because the same would happen again. Under SLURM the relaunch is in the same life of the job,
+or, where a host may be at fault (`recovery.AT_ITS_HOST`) or the launcher is lost, in its next: it is queued again.
 """
 
 from __future__ import annotations
