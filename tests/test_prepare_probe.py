@@ -20,7 +20,10 @@ from launcher.prepare import session
 from launcher.prepare.findings import Findings, Seen
 from launcher.prepare.judge import judge
 from launcher.probe.facts import FACTS
+from tests.faults.conftest import small_cgroup
 from tests.test_prepare import GIB, NEEDS
+
+__all__ = ["small_cgroup"]
 
 
 def needs_here(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -59,6 +62,21 @@ def test_the_probe_tells_of_this_machine(probe: session.Session, tmp_path: Path)
     assert values["interface"]["to_head"] == "lo"
     assert values["names"][0]["addresses"][0] in ("127.0.0.1", "::1")
     assert list((tmp_path / "runs").iterdir()) == [], "what it wrote to try, it removed"
+
+
+def test_memory_is_what_the_way_in_leaves(small_cgroup: Path, tmp_path: Path) -> None:
+    """SLURM and containers give less than the machine has: the ranks' own group, or one above it, says how much."""
+    inner = small_cgroup / "step"
+    inner.mkdir()
+    script = f'echo $$ >"{inner}/cgroup.procs" && exec "$0" "$@"'
+    made = session.Session(Host("localhost", 1), ["sh", "-c", script, *session.here_argv()])
+    try:
+        made.connect(time.monotonic() + 20)
+        found = asked(made, "memory", needs_here(tmp_path))["value"]
+    finally:
+        made.close()
+        inner.rmdir()
+    assert found == {"total": 200 * 2**20, "available": 200 * 2**20}
 
 
 def test_each_shard_is_opened_and_measured(probe: session.Session, tmp_path: Path) -> None:
