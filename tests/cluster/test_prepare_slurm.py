@@ -65,13 +65,17 @@ def test_two_nodes_in_good_order_are_green(two: Two, tmp_path: Path) -> None:
 
 
 def test_a_node_that_differs_is_named(two: Two, tmp_path: Path) -> None:
+    """And limits are those that a job will have, which SLURM takes from where it was submitted."""
     info = metadata.distribution("pydantic")._path / "METADATA"  # type: ignore[attr-defined]
     package = changed(tmp_path, info, f"Version: {metadata.version('pydantic')}", "Version: 1.2.3")
     with planted(two.slurm, "node2", over(package, info)):
+        two.stub.command = ["prlimit", "--nofile=700:", *two.stub.command]
         done = two.stub.speechctl("prepare", "stub.yaml", "--json")
     assert done.returncode == ExitCode.PREFLIGHT, done.stderr
     red = [c for c in json.loads(done.stdout)["checks"] if c["verdict"] == "fail"]
-    assert [(c["name"], c["host"]) for c in red] == [("packages", "node2")]
+    limits = [("limits", "node1"), ("limits", "node2")]
+    assert [(c["name"], c["host"]) for c in red] == [("packages", "node2"), *limits]
+    assert [c["found"] for c in red[1:]] == ["open files: 700"] * 2
     assert red[0]["found"] == f"pydantic 1.2.3, the others {metadata.version('pydantic')}" and red[0]["hint"]
     assert jobs_left(two.slurm) == []
 
