@@ -73,6 +73,10 @@ class Run:
         # Eight digits, so that `ls` sorts steps.
         return self.checkpoints / f"step-{step:08d}"
 
+    def pin(self, step: int) -> Path:
+        """Is there where somebody wants that checkpoint kept."""
+        return self.checkpoints / f"step-{step:08d}.pinned"
+
     def sealed_steps(self) -> list[int]:
         """Steps with a manifest in `checkpoints/`, oldest first. Says nothing about whether they verify."""
         names = [p.parent.name.removeprefix("step-") for p in self.checkpoints.glob(f"step-*/{MANIFEST}")]
@@ -159,8 +163,12 @@ _STORAGE = (*_FULL, errno.ENOENT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EA
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError met while writing `path` into a StorageError that says what the disk had left."""
+def storage_errors(path: Path, need: int | None = None) -> Iterator[None]:
+    """Turn an OSError met while writing `path` into a StorageError that says what the disk had left.
+
+    Args:
+        need: bytes that all of what is being written takes, where that is known.
+    """
     try:
         yield
     except OSError as error:
@@ -171,8 +179,9 @@ def storage_errors(path: Path) -> Iterator[None]:
             free = f"{stat.f_bavail * stat.f_frsize / 2**20:.1f} MiB and {stat.f_favail} inodes free"
         except OSError:
             free = "free space unknown"
+        needed = "" if need is None else f"{need / 2**20:.1f} MiB needed, "
         raise StorageError(
-            f"cannot write {path}: {error.strerror} ({free})",
+            f"cannot write {path}: {error.strerror} ({needed}{free})",
             hint="make room there, or make it writable; what was sealed before is untouched",
         ) from error
 

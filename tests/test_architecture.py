@@ -30,6 +30,9 @@ ORDER = (
     "redact",
     "secret",
     "rundir",
+    "sealed",
+    "retention",
+    "committer",
     "facts",
     "ownership",
     "hosts",
@@ -73,7 +76,7 @@ ORDER = (
 )
 """The control side. A module imports only modules that stand before it."""
 
-CONTRACT = {"errors", "marks", "recipe", "recipe_file", "redact", "rundir"}
+CONTRACT = {"committer", "errors", "marks", "recipe", "recipe_file", "redact", "retention", "rundir", "sealed"}
 """All of the control side that the worker knows. Both sides write logs, and neither may write a secret there."""
 
 ONLY_IN = {"typer": "cli", "rich": "ui"}
