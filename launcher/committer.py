@@ -143,7 +143,8 @@ class Committer:
                 digests = {name: digest for share in shares for name, digest in share.items()}
                 self._check(digests)
                 more = {**sealed.marks(self.run, step), "attempt": self.attempt.number}
-                rundir.seal(self.staging, self.run.checkpoint(step), {**facts, **more}, digests)
+                with rundir.storage_errors(self.staging, need):
+                    rundir.seal(self.staging, self.run.checkpoint(step), {**facts, **more}, digests)
                 outcome = Outcome(step, bytes=sum(d["bytes"] for d in digests.values()))
                 self.whole.add(step)
         except Exception as error:  # whatever it is, the other ranks hear of it at their vote, and training at `settle`

@@ -34,6 +34,25 @@ GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# For tests/torture.py -------------------------------------------------------------------------------------------------
+
+
+def count(name: str, n: int = 1) -> None:
+    """Say what a test did `n` of, once it has done them."""
+    if (path := os.environ.get("SPEECHCTL_TEST_COUNTS")) is not None:
+        rundir.append_line(Path(path), {"name": name, "n": n})
+
+
+def seed(own: int) -> int:
+    """Of a test's random numbers: its own, and in every round of the full counts another."""
+    return own + int(os.environ.get("SPEECHCTL_TEST_SEED", "0"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        count("tests")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is read from the user's cache, and nothing left there."""
