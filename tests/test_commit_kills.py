@@ -22,6 +22,8 @@ from launcher.rundir import Run
 from tests.conftest import count, seed
 from tests.saving import Job, Report, Server, alone, good, new_run, server, traced
 
+TRIALS = os.environ.get("SPEECHCTL_TEST_COUNT")
+
 CALLS = "%file,%desc"
 """What strace calls the system calls that take a path or a descriptor."""
 
@@ -65,10 +67,18 @@ def calls_of_a_save(saver: Server, before: Run, tmp_path: Path, world_size: int 
     return Counter(names)
 
 
-def points(calls: Counter[str], short: int, own_seed: int) -> list[tuple[str, int]]:
+def points(calls: Counter[str], n: int, own_seed: int) -> list[tuple[str, int]]:
+    """`n` of all the calls, or all; drawn by name first, so that the few that change the disk are not lost among those
+    that look at it."""
     every = [(name, k) for name, n in sorted(calls.items()) for k in range(1, n + 1)]
-    n = int(os.environ.get("SPEECHCTL_TEST_COUNT", short))
-    return every if n >= len(every) else random.Random(seed(own_seed)).sample(every, n)
+    dice = random.Random(seed(own_seed))
+    if n >= len(every):
+        return every
+    drawn: set[tuple[str, int]] = set()
+    while len(drawn) < n:
+        name = dice.choice(sorted(calls))
+        drawn.add((name, dice.randint(1, calls[name])))
+    return sorted(drawn)
 
 
 def goes_on(run: Run) -> None:
@@ -88,7 +98,7 @@ def test_a_kill_at_any_call_leaves_two_that_verify_and_nothing_torn(
     """The save makes a checkpoint and removes two older ones; whatever is there afterwards is whole."""
     killed = 0
     calls = calls_of_a_save(saver, before, tmp_path, world_size)
-    for name, k in points(calls, 12 if world_size == 1 else 4, 1):
+    for name, k in points(calls, int(TRIALS or (14 if world_size == 1 else 5)), 1):
         run = Run(shutil.copytree(before.root, tmp_path / "run"))
         job = job_for(run, world_size=world_size)
         pid = saver.start(job)
@@ -127,7 +137,7 @@ def test_a_call_that_fails_costs_one_save_and_no_checkpoint(saver: Server, befor
     calls = calls_of_a_save(saver, before, tmp_path)
     dice = random.Random(seed(2))
     failed = 0
-    for trial in range(int(os.environ.get("SPEECHCTL_TEST_COUNT", 10))):
+    for trial in range(int(TRIALS or 10)):
         name, error = ERRORS[trial % len(ERRORS)]
         k = dice.randint(1, calls[name])
         run = Run(shutil.copytree(before.root, tmp_path / "run"))
