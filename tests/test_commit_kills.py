@@ -1,7 +1,7 @@
 """SIGKILL and failing system calls at every point of a save, by strace, on real processes that commit.
 
-SPEECHCTL_TEST_COUNT: so many points instead of a few; more than there are means all. The points of the short form are
-drawn anew with SPEECHCTL_TEST_SEED.
+SPEECHCTL_TEST_COUNT: so many points instead of a few; more than there are means all. Which they are is drawn with
+SPEECHCTL_TEST_SEED.
 """
 
 from __future__ import annotations
@@ -96,10 +96,25 @@ def test_a_kill_at_any_call_leaves_two_that_verify_and_nothing_torn(
     saver: Server, before: Run, tmp_path: Path, world_size: int
 ) -> None:
     """The save makes a checkpoint and removes two older ones; whatever is there afterwards is whole."""
-    killed = 0
     calls = calls_of_a_save(saver, before, tmp_path, world_size)
-    for name, k in points(calls, int(TRIALS or (14 if world_size == 1 else 5)), 1):
-        run = Run(shutil.copytree(before.root, tmp_path / "run"))
+    n = int(TRIALS or (14 if world_size == 1 else 5))
+    count("kills in a save", kill_at(points(calls, n, 1), saver, before, tmp_path / "run", world_size))
+
+
+def test_a_kill_at_any_delete_of_retention_leaves_two_that_verify(saver: Server, before: Run, tmp_path: Path) -> None:
+    """Two checkpoints are renamed away and deleted, file by file."""
+    calls = calls_of_a_save(saver, before, tmp_path)
+    deletes = Counter({name: calls[name] for name in ("rename", "unlink", "unlinkat", "rmdir") if calls[name]})
+    assert sum(deletes.values()) > 10, deletes
+    every = points(deletes, int(TRIALS or 6), 7)
+    count("kills in retention", kill_at(every, saver, before, tmp_path / "run"))
+
+
+def kill_at(every: list[tuple[str, int]], saver: Server, before: Run, where: Path, world_size: int = 1) -> int:
+    """Kill a save at each of these calls, and look at what is there; returns how often it came to that."""
+    killed = 0
+    for name, k in every:
+        run = Run(shutil.copytree(before.root, where))
         job = job_for(run, world_size=world_size)
         pid = saver.start(job)
         with traced(pid, "-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={k}"):
@@ -112,7 +127,7 @@ def test_a_kill_at_any_call_leaves_two_that_verify_and_nothing_torn(
         goes_on(run)
         shutil.rmtree(run.root)
     assert killed, "nothing was killed"
-    count("kills in a save", killed)
+    return killed
 
 
 ERRORS = [

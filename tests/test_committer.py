@@ -1,4 +1,7 @@
-"""Saves by real processes, without torch: all ranks together or none, by the newest attempt alone."""
+"""Saves by real processes, without torch: all ranks together or none, by the newest attempt alone.
+
+SPEECHCTL_TEST_COUNT: so many orphans, races and flipped bits instead of a few.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +83,25 @@ def test_a_rank_that_does_not_vote_costs_the_deadline_and_no_more(saver: Server,
             os.kill(one, signal.SIGKILL)
         saver.wait(pid)
     assert good(run) == [1]
+
+
+def test_a_rename_that_may_not_last_is_taken_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory could not be fsynced: the save was reported as failed and stood there nevertheless, in the way of
+    every further try to save that step."""
+    committer = alone(run, 1)
+    sync = rundir.sync_dir
+
+    def fails(path: Path) -> None:
+        if path == run.checkpoints:
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "sync_dir", fails)
+        outcome = committer.settle(committer.save(2, files(2, 0), {"world_size": 1}), Alone())
+    assert "Input/output error" in outcome.error
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000001"]
+    alone(run, 2)
 
 
 def test_who_has_the_run_is_asked_at_every_save(run: Run) -> None:

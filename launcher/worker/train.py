@@ -276,6 +276,7 @@ class Training:
         epoch = progress.cursor.epoch
         rundir.append_line(self.attempt.ledger(self.ranks.rank), {"step": progress.step, "epoch": epoch, "ids": ids})
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+            self.settle()  # of a step that was sound
             raise TrainingError(
                 f"step {progress.step}: loss {loss_sum / count} and gradient norm {grad_norm} are not both finite;"
                 f" rank {self.ranks.rank} trained on {', '.join(ids)}",

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from launcher.rundir import Attempt, Run, read_json, read_lines
+from tests.conftest import count, seed
 from tests.worker.runs import (
     RECIPE,
     events,
@@ -120,17 +121,41 @@ def _more_attempts(run: Run, than: int) -> bool:
 
 
 def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
+    killed_and_resumed(Run(spoken / "cut"), whole)
+
+
+@pytest.mark.skipif(KILLS <= 3, reason="SPEECHCTL_TEST_KILLS=20: minutes, for the stages that others do not train at")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_killed_and_resumed_is_the_same_run_at_other_stages(spoken: Path, stage: int) -> None:
+    zero = ["--set", f"zero_stage={stage}"]
+    done = speechctl("launch", "recipe.yaml", "--set", f"run_dir=whole-{stage}", *zero, cwd=spoken)
+    assert done.returncode == 0, done.stderr
+    killed_and_resumed(Run(spoken / f"cut-{stage}"), Run(spoken / f"whole-{stage}"), *zero)
+
+
+def killed_and_resumed(run: Run, whole: Run, *more: str) -> None:
     """SIGKILL of a rank in training, in a save and in an evaluation; each time the run goes on by itself.
 
     Every loss and gradient norm of every attempt, also of steps trained twice, equals the undisturbed run's as a hex
-    float, and the utterances of the steps that stand are the same.
+    float, and the utterances of the steps that stand are the same. Every file takes a while to write, so that a save is
+    in flight for several steps.
     """
-    dice = random.Random(7)
+    site = run.root.parent / f"site-{run.root.name}"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    import time\n"
+        "    from launcher import committer\n"
+        "    write_hashed = committer.write_hashed\n"
+        "    committer.write_hashed = lambda *rest: (time.sleep(0.1), write_hashed(*rest))[1]\n"
+    )
+    dice = random.Random(seed(7))
     moments = [["saving", "evaluating", "metrics"][k % 3] for k in range(KILLS)]
-    run = Run(spoken / "cut")
     hit: list[str] = []
-    patient = ["--set", "run_dir=cut", "--set", "launch.relaunch={attempts: 100, wait: 0.1s}"]
-    with started("launch", "recipe.yaml", *patient, cwd=spoken) as process:
+    patient = ["--set", f"run_dir={run.root}", *more, "--set", "launch.relaunch={attempts: 100, wait: 0.1s}"]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    with started("launch", "recipe.yaml", *patient, cwd=whole.root.parent, env=env) as process:
         for k, moment in enumerate(moments):
             wait_for(partial(_more_attempts, run, k), process)
             attempt = run.attempts()[-1]
@@ -164,6 +189,7 @@ def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
     for step in (6, 12, 18, 24):
         a, b = read_json(run.evaluation(step)), read_json(whole.evaluation(step))
         assert [a[k] for k in ("wer", "loss", "words")] == [b[k] for k in ("wer", "loss", "words")]
+    count("kills", len(hit))
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
