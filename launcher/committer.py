@@ -103,7 +103,7 @@ class Committer:
 
     def fence(self) -> None:
         """Rank 0, once its attempt's directory exists: take every unfinished checkpoint of an older attempt away, so
-        that an orphan has nothing left to rename. `superseded` has the other half of the argument."""
+        that an orphan has nothing left to rename. `_refuse_if_superseded` has the other half of the argument."""
         for leftover in sorted(self.run.checkpoints.glob(".attempt-*")):
             sealed.trash(leftover)
         for torn in self.run.checkpoints.glob("step-*"):
@@ -128,7 +128,7 @@ class Committer:
             files: this rank's; or why it has none to write, which fails the save on all ranks.
             facts: what the manifest says besides; rank 0's count.
             best_step: retention keeps this one too.
-            said: called before each stage, with its name.
+            said: called before each stage, with its name; the same on all ranks.
         """
         outcome = Outcome(step)
         try:
@@ -150,12 +150,12 @@ class Committer:
         except Exception as error:  # whatever it is, the other ranks hear of it at their vote, and training at `settle`
             superseded, torn = isinstance(error, InfrastructureError), isinstance(error, VoteLost)
             outcome = Outcome(step, said_by(error), superseded, torn=torn)
+        said("retain")
         if self.peers.rank != 0:
             return outcome
         if outcome.error:
             shutil.rmtree(self.staging, ignore_errors=True)
             return outcome
-        said("retain")
         return replace(outcome, trouble=self._after(outcome, best_step))
 
     def _agree(self, work: Callable[[], T]) -> list[T]:
