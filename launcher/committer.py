@@ -27,6 +27,10 @@ IN_A_ROW = 3
 """So many saves in a row that fail end the run."""
 
 
+PIECE = 4 << 20
+"""Bytes that are written and hashed while the processor still has them at hand."""
+
+
 class Peers(Protocol):
     """This process among the ranks of its attempt."""
 
@@ -311,10 +315,12 @@ class _Hashed:
     def write(self, data: Any, /) -> int:
         rest = memoryview(data).cast("B")
         count = len(rest)
-        self.hasher.update(rest)
         try:
             while len(rest):
-                rest = rest[os.write(self.fd, rest) :]
+                piece = rest[:PIECE]
+                written = os.write(self.fd, piece)
+                self.hasher.update(piece[:written])
+                rest = rest[written:]
         except OSError as error:
             self.error = self.error or error
             raise

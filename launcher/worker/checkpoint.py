@@ -139,7 +139,7 @@ class Checkpoints:
         Asynchronous: only the copy is waited for. Otherwise everything is done when this returns.
         """
         assert self.thread is None
-        self.outcome = Outcome(progress.step)
+        self.outcome = Outcome(progress.step, f"rank {self.ranks.rank}: the save did not come to its end")
         began = time.monotonic()
         mark("copy")
         files: list[File] | Exception
