@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
 
     names = ("speechctl", "torch", "torchaudio", "deepspeed", "accelerate", "transformers", "mosaicml-streaming")
     return {
+        "id": secrets.token_hex(16),
         "command": [redact.current.text(word) for word in sys.argv],
         "code": {"revision": git("rev-parse", "HEAD") or None, "changed": git("status", "--porcelain").splitlines()},
         "packages": {n: metadata.version(n) for n in names},

@@ -20,7 +20,7 @@ from launcher.prepare import session
 from launcher.prepare.findings import Findings, Seen
 from launcher.prepare.judge import judge
 from launcher.probe.facts import FACTS
-from tests.faults.conftest import small_cgroup
+from tests.faults.cells import small_cgroup
 from tests.test_prepare import GIB, NEEDS
 
 __all__ = ["small_cgroup"]

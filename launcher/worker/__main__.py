@@ -15,9 +15,10 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from launcher import marks, redact, rundir
+from launcher import marks, redact, rundir, sealed
 from launcher.errors import ExitCode, SpeechctlError
 
 
@@ -62,12 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
             from launcher.worker import preflight as implementations
         else:
             from launcher.worker import verbs as implementations  # type: ignore[no-redef]
-        return int(getattr(implementations, options.verb)(options))
+        with reading(options):
+            return int(getattr(implementations, options.verb)(options))
     except SpeechctlError as error:
         print(error.render(), file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return 130
+
+
+def reading(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """The lease of a verb that works on a checkpoint: a run that goes on meanwhile does not remove it."""
+    if options.verb not in ("evaluate", "export"):
+        return nullcontext()
+    return sealed.lease(rundir.Run(options.run).checkpoint(options.step))
 
 
 def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:

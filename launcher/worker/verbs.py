@@ -100,12 +100,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from launcher.worker.evaluate import Evaluator
     from launcher.worker.ranks import Ranks
 
+    run = Run(options.run)
     ranks = Ranks()
-    recipe = recipe_file.load(Run(options.run).resolved)
+    recipe = recipe_file.load(run.resolved)
     if options.subset:
         cadence = recipe.evaluate.model_copy(update={"subsets": options.subset})
         recipe = recipe.model_copy(update={"evaluate": cadence})
-    model = restored(Run(options.run), recipe, options.step).eval().to(ranks.device)
+    model = restored(run, recipe, options.step).eval().to(ranks.device)
     evaluator = Evaluator(recipe, model, ranks)
     say(f"evaluating step {options.step} on {ranks.device}")
     began = time.monotonic()
@@ -129,13 +130,13 @@ def restored(run: Run, recipe: Recipe, step: int) -> Any:
     Raises:
         DataError: the checkpoint does not verify, or holds other weights than the model has.
     """
-    from launcher.worker.checkpoint import weights_of
     from launcher.worker.models import build
+    from launcher.worker.weights import weights_of
 
     model = build(recipe.backbone, seed=recipe.seed)
     folder = run.checkpoint(step)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        weights = weights_of(folder)  # DeepSpeed prints its progress, and stdout is for our answer
+        weights = weights_of(run, step)  # DeepSpeed prints its progress, and stdout is for our answer
     problems = model.load_state_dict(weights, strict=False)
     # Tied weights are stored once; whatever is left must share memory with something that was loaded.
     loaded = {t.data_ptr() for n, t in model.state_dict().items() if n in weights}

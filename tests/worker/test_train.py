@@ -121,17 +121,41 @@ def _more_attempts(run: Run, than: int) -> bool:
 
 
 def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
+    killed_and_resumed(Run(spoken / "cut"), whole)
+
+
+@pytest.mark.skipif(KILLS <= 3, reason="SPEECHCTL_TEST_KILLS=20: minutes, for the stages that others do not train at")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_killed_and_resumed_is_the_same_run_at_other_stages(spoken: Path, stage: int) -> None:
+    zero = ["--set", f"zero_stage={stage}"]
+    done = speechctl("launch", "recipe.yaml", "--set", f"run_dir=whole-{stage}", *zero, cwd=spoken)
+    assert done.returncode == 0, done.stderr
+    killed_and_resumed(Run(spoken / f"cut-{stage}"), Run(spoken / f"whole-{stage}"), *zero)
+
+
+def killed_and_resumed(run: Run, whole: Run, *more: str) -> None:
     """SIGKILL of a rank in training, in a save and in an evaluation; each time the run goes on by itself.
 
     Every loss and gradient norm of every attempt, also of steps trained twice, equals the undisturbed run's as a hex
-    float, and the utterances of the steps that stand are the same.
+    float, and the utterances of the steps that stand are the same. Every file takes a while to write, so that a save is
+    in flight for several steps.
     """
+    site = run.root.parent / f"site-{run.root.name}"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    import time\n"
+        "    from launcher import committer\n"
+        "    write_hashed = committer.write_hashed\n"
+        "    committer.write_hashed = lambda *rest: (time.sleep(0.1), write_hashed(*rest))[1]\n"
+    )
     dice = random.Random(seed(7))
     moments = [["saving", "evaluating", "metrics"][k % 3] for k in range(KILLS)]
-    run = Run(spoken / "cut")
     hit: list[str] = []
-    patient = ["--set", "run_dir=cut", "--set", "launch.relaunch={attempts: 100, wait: 0.1s}"]
-    with started("launch", "recipe.yaml", *patient, cwd=spoken) as process:
+    patient = ["--set", f"run_dir={run.root}", *more, "--set", "launch.relaunch={attempts: 100, wait: 0.1s}"]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    with started("launch", "recipe.yaml", *patient, cwd=whole.root.parent, env=env) as process:
         for k, moment in enumerate(moments):
             wait_for(partial(_more_attempts, run, k), process)
             attempt = run.attempts()[-1]
@@ -168,8 +192,26 @@ def test_killed_and_resumed_is_the_same_run(spoken: Path, whole: Run) -> None:
     count("kills", len(hit))
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_goes_on(spoken: Path, whole: Run) -> None:
-    """Stopped in the middle of training: its peer waits in gloo, and says so in its stack."""
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
+    spoken: Path, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of training: its peer waits in gloo, and says so in its stack.
+
+    In each attempt rank 1 also fails to take its share of the third checkpoint, between DeepSpeed's barriers: that
+    save fails on both ranks, nobody waits for anybody, and training goes on.
+    """
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from launcher.worker.host_memory import HostMemory\n"
+        "    whole, calls = HostMemory.file, []\n"
+        "    def file(self, *rest):\n"
+        "        calls.append(rest)\n"
+        "        if len(calls) == 3: raise MemoryError('no room')\n"
+        "        return whole(self, *rest)\n"
+        "    HostMemory.file = file\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run = Run(spoken / "hung")
     options = ["--set", "run_dir=hung", "--set", "launch.deadlines.step=15s", "--set", "launch.relaunch.wait=0.1s"]
     with started("launch", "recipe.yaml", *options, cwd=spoken) as process:
@@ -182,12 +224,18 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(spoken: Path, whole: Run
     assert failure["message"].endswith("it is stopped (state T)")
     assert "launcher/worker/train.py" in first.stack(0).read_text()
     assert read_json(second.exit)["code"] == 0
+    assert [e["error"] for e in events(second, "save_failed")] == ["rank 1: MemoryError: no room"]
+    assert events(second, "save_failed")[0]["step"] not in [e["step"] for e in events(second, "sealed")]
     assert numbers(run) == numbers(whole)
 
 
 def test_stop_seals_and_resume_finishes(spoken: Path, whole: Run) -> None:
-    """`speechctl stop` ends the run at a step boundary with exit 75 and the step sealed; nothing is trained twice."""
-    with started("launch", "recipe.yaml", "--set", "run_dir=stopped", cwd=spoken) as process:
+    """`speechctl stop` ends the run at a step boundary with exit 75 and the step sealed; nothing is trained twice.
+
+    Its saves are synchronous, those of the whole run are not: the numbers are the same.
+    """
+    options = ["--set", "run_dir=stopped", "--set", "checkpoint.asynchronous=false"]
+    with started("launch", "recipe.yaml", *options, cwd=spoken) as process:
         run = Run(spoken / "stopped")
         wait_for(lambda: run.attempts() and len(read_lines(run.attempts()[0].metrics)) >= 5, process)
         kill_rank(run.attempts()[0], 1, signal.SIGSTOP)  # a long step, so that the rest comes in the middle of one
