@@ -113,7 +113,7 @@ def _health(until: float) -> list[dict[str, str]]:
             rows.setdefault(index, {"index": index})[name] = value
 
     machine.together(one, list(HEALTH), until)
-    return list(rows.values())
+    return [dict(row) for row in list(rows.values())]
 
 
 def _smi(fields: str, until: float) -> list[dict[str, str]]:
