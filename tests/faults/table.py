@@ -110,19 +110,19 @@ PEERS: dict[str, dict[str, Seen]] = {
         "deepspeed": Seen(-9, 0, left=3),
         "accelerate launch": Seen(-9, 0, left=2),
     },
-    "SIGSTOP rank": {
-        "torchrun": Seen(1, 52, named=True),
-        "deepspeed": Seen(1, 52, named=True),
-        "accelerate launch": Seen(1, 52, named=True),
+    "SIGSTOP rank": {  # the group's timeout is 20 s; unless told it is 30 min
+        "torchrun": Seen(1, 55, named=True),
+        "deepspeed": Seen(1, 59),
+        "accelerate launch": Seen(1, 57, named=True),
     },
     "port taken": {
-        "torchrun": Seen(1, 3),
-        "deepspeed": Seen(1, 9),
+        "torchrun": Seen(1, 7),
+        "deepspeed": Seen(1, 24),
         "accelerate launch": Seen(None, 130),
     },
     "crash loop": {
-        "torchrun": Seen(1, 10, named=True),
-        "deepspeed": Seen(247, 5),
+        "torchrun": Seen(1, 29, named=True),
+        "deepspeed": Seen(247, 6),
         "accelerate launch": Seen(None, 70),
     },
 }
