@@ -92,6 +92,20 @@ def test_a_torn_last_line_is_skipped_and_a_damaged_one_is_named(tmp_path: Path) 
         rundir.read_lines(path)
 
 
+def test_the_next_writer_goes_on_behind_half_a_line(tmp_path: Path) -> None:
+    """After a power cut the next launcher appended behind half a line, and no command could read the run any more."""
+    path = tmp_path / "supervisor.jsonl"
+    for step in (1, 3):
+        rundir.append_line(path, {"step": step})
+        with path.open("ab") as file:
+            file.write(b'{"step": "half of \xc3')
+    assert [row["step"] for row in rundir.read_lines(path)] == [1, 3]
+    with file_size_limit(path.stat().st_size + 10), pytest.raises(StorageError):
+        rundir.append_line(path, {"step": 4, "text": "x" * 100})
+    rundir.append_line(path, {"step": 5})
+    assert [row["step"] for row in rundir.read_lines(path)] == [1, 3, 5]
+
+
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
     """The kernel writes the part of a line that fits. The next line must not continue it."""
     path = tmp_path / "events.jsonl"
