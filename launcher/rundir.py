@@ -409,6 +409,7 @@ class RunLock:
 
     Raises:
         UsageError: on entry, when another process holds it; the message names host, pid, command and since when.
+        StorageError: on entry, where nothing can be locked or written.
     """
 
     PATIENCE_S = 1.0
@@ -430,38 +431,86 @@ class RunLock:
             time.sleep(0.05)
         for request in (self.run.stop_request, self.run.save_request):
             request.unlink(missing_ok=True)
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": self.command}
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, json.dumps(holder).encode(), 0)
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": self.command}
+        text = json.dumps(who).encode()
+        try:
+            with storage_errors(self.run.lock):  # over the name of the holder before, which has its room on a full disk
+                if os.pwrite(self.fd, text, 0) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.ftruncate(self.fd, len(text))
+        except BaseException:
+            os.close(self.fd)
+            raise
         return self
 
     def _try(self) -> bool:
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(self.fd, fcntl.LOCK_EX, self.run.lock)
         except BlockingIOError:
             return False
+        except BaseException:
+            os.close(self.fd)
+            raise
         return True
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
 
+def _flock(fd: int, how: int, path: Path) -> None:
+    """Take a lock at once.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        StorageError: this file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # ENOSYS of Lustre without -o flock, ENOLCK of NFS 3 without lockd
+        raise StorageError(
+            f"cannot lock {path}: {error.strerror}",
+            hint="have that file system mounted with locks (Lustre: -o flock; NFS: version 4), or run_dir=… elsewhere",
+        ) from error
+
+
 def holder(run: Run) -> dict[str, Any] | None:
-    """Who holds the run now, or None where nobody does."""
+    """Who holds the run now, or None where nobody does.
+
+    Raises:
+        StorageError: this file system has no locks.
+    """
     try:
         fd = os.open(run.lock, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _flock(fd, fcntl.LOCK_SH, run.lock)
         return None
     except BlockingIOError:
-        try:
-            return dict(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
-        except ValueError:  # it has the lock and has not written who it is yet
-            return {}
+        return _named_by(fd)
     finally:
         os.close(fd)
+
+
+def last_holder(run: Run) -> dict[str, Any]:
+    """Who holds the run now, or did so last; empty where the lock does not say."""
+    try:
+        fd = os.open(run.lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return {}
+    try:
+        return _named_by(fd)
+    finally:
+        os.close(fd)
+
+
+def _named_by(fd: int) -> dict[str, Any]:
+    try:
+        return dict(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
+    except (ValueError, TypeError):  # it has the lock and has not written who it is yet
+        return {}
 
 
 def in_use(run: Run) -> UsageError:

@@ -142,6 +142,13 @@ def test_the_files_may_be_seen_at_another_path(tmp_path: Path) -> None:
     assert excerpt.lines == ["debug", "gpu-04: Permission denied (publickey)."]
 
 
+def test_a_lock_that_names_nobody_hides_nothing(tmp_path: Path) -> None:
+    """Where the disk was full, the lock was empty, and `why` read it as a damaged file of the run."""
+    run = made_run(tmp_path / "run", "interrupted")
+    run.lock.touch()
+    assert why.diagnose(run, None).message.startswith("the launcher was gone before it could say how the ranks ended")
+
+
 def test_what_files_say_drives_no_terminal(speechctl: Transcript, tmp_path: Path) -> None:
     run = lab_run(tmp_path / "runs" / "stub")
     write_failure(run, 3, message="boom \x1b]0;owned\x07", hint="\x9b31m")
