@@ -35,6 +35,8 @@ ENDED = {
 
 UNKNOWN = "UNKNOWN"
 
+FORGOTTEN = "SLURM has forgotten it"
+
 UNREACHABLE = "Unable to contact slurm controller"
 """SLURM's words where nobody has heard the question, so that it can be asked again."""
 
@@ -81,8 +83,8 @@ def submit(run: Run, recipe: Recipe, *, fresh: bool = False) -> Job:
     run.slurm.mkdir(exist_ok=True)  # sbatch would take a log that cannot be written, and the job would fail unseen
     argv = slurm.sbatch(recipe, run, spared(run, recipe), ["--fresh"] * fresh)
     job = submitted(argv, recipe.launch)
-    facts = {"job": job, "time": time.time(), "argv": argv, "exclude": recipe.launch.slurm.exclude}
-    rundir.write_json(_record(run, job), facts)
+    facts = {"time": time.time(), "argv": argv, "exclude": recipe.launch.slurm.exclude, "folder": str(run.root)}
+    rundir.write_json(_record(run, job), {"job": job, **facts})
     return Job(job, "PENDING", "")
 
 
@@ -124,26 +126,39 @@ def _hint(words: str) -> str:
 def current(run: Run) -> Job | None:
     """The last job of this run, as SLURM has it now; None where it never had one."""
     ids = sorted((p.stem.removeprefix("job-") for p in run.slurm.glob("job-*.json")), key=lambda x: (len(x), x))
-    return look_up(ids[-1]) if ids else None
+    return None if not ids else look_up(ids[-1], (rundir.read_json(_record(run, ids[-1])) or {}).get("folder"))
 
 
-def look_up(job: str) -> Job:
-    """By squeue, which also knows jobs that ended a while ago; where it does not, by sacct, which may not be there."""
+def look_up(job: str, folder: str | None = None) -> Job:
+    """By squeue, which also knows jobs that ended a while ago; where it does not, by sacct, which may not be there.
+
+    Args:
+        folder: the directory that the job starts in. Its number alone does not say which job it is: another cluster on
+            the same home directory counts by itself, and one that was set up anew begins again.
+    """
     try:
-        said = ask(["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r"])
-        found = re.match(r"([A-Z_]+)\|(.*)", said.stdout.strip()) if said.returncode == 0 else None
+        said = ask(["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r|%Z"])
+        found = re.match(r"([A-Z_]+)\|([^|]*)\|?(.*)", said.stdout.strip()) if said.returncode == 0 else None
         if found is not None:
-            return Job(job, found[1], found[2].replace("None", ""))
+            return _same(Job(job, found[1], found[2].replace("None", "")), found[3], folder)
         if UNREACHABLE in said.stderr:
             return Job(job, UNKNOWN, UNREACHABLE)
         if said.returncode != 0 and "Invalid job id" not in said.stderr:
             return Job(job, UNKNOWN, words_of(said))
-        accounts = ask(["sacct", "--noheader", "--allocations", f"--jobs={job}", "--parsable2", "--format=State"])
-        if accounts.returncode == 0 and accounts.stdout.strip():
-            return Job(job, accounts.stdout.split()[0], "")  # `CANCELLED by 1000`
-        return Job(job, UNKNOWN, "SLURM has forgotten it")
+        accounts = ["sacct", "--noheader", "--allocations", f"--jobs={job}", "--parsable2", "--format=State,WorkDir"]
+        said = ask(accounts)
+        if said.returncode == 0 and said.stdout.strip():
+            state, _, where = said.stdout.partition("\n")[0].partition("|")
+            return _same(Job(job, state.split()[0], ""), where, folder)  # `CANCELLED by 1000`
+        return Job(job, UNKNOWN, FORGOTTEN)
     except HostError as error:
         return Job(job, UNKNOWN, error.message)
+
+
+def _same(job: Job, where: str, folder: str | None) -> Job:
+    if not where or folder is None or where == folder:
+        return job
+    return Job(job.id, UNKNOWN, f"{FORGOTTEN}: its {job.id} is another job, of {where}")
 
 
 def report_of(run: Run) -> Report:
@@ -293,9 +308,10 @@ def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:
         )
     run.slurm.mkdir(exist_ok=True)
     if not _record(run, job).exists():  # submitted by hand
-        excluded = ask(["squeue", "--noheader", f"--jobs={job}", "--format=%x"]).stdout.strip()
-        facts = {"job": job, "time": time.time(), "argv": None, "exclude": excluded.replace("(null)", "") or None}
-        rundir.write_json(_record(run, job), facts)
+        said = ask(["squeue", "--noheader", f"--jobs={job}", "--format=%x|%Z"]).stdout.strip()
+        excluded, _, folder = said.replace("(null)", "").partition("|")
+        facts = {"time": time.time(), "argv": None, "exclude": excluded or None, "folder": folder or None}
+        rundir.write_json(_record(run, job), {"job": job, **facts})
     return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
 
 

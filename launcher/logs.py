@@ -1,7 +1,7 @@
 """Which lines of a run's logs somebody wants to see, and where they are. Reads; writes nothing.
 
-Logs are files of a run's attempts, one for each rank, each node and each ssh connection. Their lines carry no time, so
-they are shown log by log, and while a run is followed in the order in which they come.
+Logs are files of a run's attempts, one for each rank, each node and each ssh connection or srun. Their lines carry no
+time, so they are shown log by log, and while a run is followed in the order in which they come.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ LINE_BYTES = 1 << 16
 POLL_S = 0.25
 
 Wants = Callable[[str], bool]
+Kind = Literal["rank", "node", "ssh", "srun"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Log:
     """One file that grows."""
 
     path: Path
-    kind: Literal["rank", "node", "ssh"]
+    kind: Kind
     number: int
     """Of the rank, or of the node."""
     attempt: int
@@ -118,12 +119,12 @@ class Selection:
         for node in self._nodes(attempt, nodes):
             host = node.host if several else None
 
-            def log(kind: Literal["rank", "node", "ssh"], number: int, host: str | None = host) -> Log:
-                path = {"rank": attempt.rank_log, "node": attempt.node_log, "ssh": attempt.ssh_log}[kind](number)
-                return Log(path, kind, number, attempt.number, host)
+            def log(kind: Kind, number: int, host: str | None = host) -> Log:
+                path_of = {"node": attempt.node_log, "ssh": attempt.ssh_log, "srun": attempt.srun_log}
+                return Log(path_of.get(kind, attempt.rank_log)(number), kind, number, attempt.number, host)
 
             if (self.nodes is not None and self.ranks is None) or (self.ranks == "failed" and node.number in ranks[1]):
-                logs += [log("ssh", node.number), log("node", node.number)]
+                logs += [log("ssh", node.number), log("srun", node.number), log("node", node.number)]
             logs += [log("rank", rank) for rank in node.ranks if _among(rank, ranks[0])]
         return logs
 

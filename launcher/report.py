@@ -206,7 +206,7 @@ def doing(attempt: Attempt, node: Node) -> Node:
     """With what its ranks do, as far as it said so. It rewrites that in place, so that it may be read half."""
     try:
         said = rundir.read_json(attempt.root / "progress" / f"node-{node.number:03d}.json") or {}
-        return replace(node, doing=dict(said["ranks"]))
+        return replace(node, doing={str(row["rank"]): row for row in said["ranks"]})
     except (OSError, DataError, KeyError, TypeError, ValueError):
         return node
 

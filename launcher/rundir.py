@@ -261,8 +261,13 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+_TORN = b"\x18"
+"""ASCII's CAN, "disregard what stands before": the end of a line that its writer never completed. JSON has none."""
+
+
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line in one write, so that a reader never sees half of one from a living writer.
+    """Append one JSON line in one write, so that a reader never sees half of one from a living writer. Half a line that
+    was left by a power cut is closed first, with a mark behind which it is skipped.
 
     Raises:
         StorageError: the disk is full or failing; the part of the line that fitted is taken back, so that the next
@@ -270,8 +275,11 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """
     line = _json(value)
     with storage_errors(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
+            size = os.fstat(fd).st_size
+            if size > 0 and os.pread(fd, 1, size - 1) != b"\n":
+                line = _TORN + b"\n" + line
             written = os.write(fd, line)
             if written < len(line):
                 os.ftruncate(fd, os.fstat(fd).st_size - written)
@@ -281,7 +289,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a torn last one, which a killed writer leaves, is skipped.
+    """All whole lines; a torn one, which a killed writer leaves, is skipped.
 
     Raises:
         DataError: a whole line is not JSON.
@@ -292,6 +300,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for number, line in enumerate(lines, start=1):
+        if line.endswith(_TORN):
+            continue
         try:
             rows.append(json.loads(line))
         except ValueError as error:
@@ -421,6 +431,7 @@ class RunLock:
 
     Raises:
         UsageError: on entry, when another process holds it; the message names host, pid, command and since when.
+        StorageError: on entry, where nothing can be locked or written.
     """
 
     PATIENCE_S = 1.0
@@ -442,38 +453,86 @@ class RunLock:
             time.sleep(0.05)
         for request in (self.run.stop_request, self.run.save_request):
             request.unlink(missing_ok=True)
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": self.command}
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, json.dumps(holder).encode(), 0)
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": self.command}
+        text = json.dumps(who).encode()
+        try:
+            with storage_errors(self.run.lock):  # over the name of the holder before, which has its room on a full disk
+                if os.pwrite(self.fd, text, 0) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.ftruncate(self.fd, len(text))
+        except BaseException:
+            os.close(self.fd)
+            raise
         return self
 
     def _try(self) -> bool:
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(self.fd, fcntl.LOCK_EX, self.run.lock)
         except BlockingIOError:
             return False
+        except BaseException:
+            os.close(self.fd)
+            raise
         return True
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
 
+def _flock(fd: int, how: int, path: Path) -> None:
+    """Take a lock at once.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        StorageError: this file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # ENOSYS of Lustre without -o flock, ENOLCK of NFS 3 without lockd
+        raise StorageError(
+            f"cannot lock {path}: {error.strerror}",
+            hint="have that file system mounted with locks (Lustre: -o flock; NFS: version 4), or run_dir=… elsewhere",
+        ) from error
+
+
 def holder(run: Run) -> dict[str, Any] | None:
-    """Who holds the run now, or None where nobody does."""
+    """Who holds the run now, or None where nobody does.
+
+    Raises:
+        StorageError: this file system has no locks.
+    """
     try:
         fd = os.open(run.lock, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _flock(fd, fcntl.LOCK_SH, run.lock)
         return None
     except BlockingIOError:
-        try:
-            return dict(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
-        except ValueError:  # it has the lock and has not written who it is yet
-            return {}
+        return _named_by(fd)
     finally:
         os.close(fd)
+
+
+def last_holder(run: Run) -> dict[str, Any]:
+    """Who holds the run now, or did so last; empty where the lock does not say."""
+    try:
+        fd = os.open(run.lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return {}
+    try:
+        return _named_by(fd)
+    finally:
+        os.close(fd)
+
+
+def _named_by(fd: int) -> dict[str, Any]:
+    try:
+        return dict(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
+    except (ValueError, TypeError):  # it has the lock and has not written who it is yet
+        return {}
 
 
 def in_use(run: Run) -> UsageError:

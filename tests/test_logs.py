@@ -210,6 +210,20 @@ def test_where_no_rank_failed_the_nodes_are_shown(tmp_path: Path) -> None:
     assert shown == [attempt.node_log(1)]
 
 
+def test_what_srun_said_of_a_node_is_shown(tmp_path: Path) -> None:
+    """Of a node that SLURM lost nothing else says so, and `logs` knew ssh's logs only."""
+    run = lab_run(tmp_path / "run")
+    attempt = run.attempts()[-1]
+    attempt.srun_log(1).write_text("srun: error: Node failure on gpu-04\n")
+    said = "[srun 1 gpu-04] srun: error: Node failure on gpu-04"
+    assert said in [line.render() for line in logs.show(run, Selection(nodes="all"), View(), print)]
+    for path in attempt.failures.iterdir():
+        path.unlink()
+    rundir.write_json(attempt.failure, {"code": 76, "message": "lost it", "hint": "", "evidence": [], "node_rank": 1})
+    shown = [line.render() for line in logs.show(run, Selection("failed"), View(), print)]
+    assert shown == [said, "[node 1 gpu-04] node 1: the ranks meet"]
+
+
 def test_an_attempt_that_has_not_said_who_is_in_it(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", "interrupted")
     run.attempts()[-1].rank_log(5).write_text("here\n")

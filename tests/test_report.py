@@ -11,8 +11,10 @@ import pytest
 
 from launcher import report, rundir
 from launcher.errors import NotFoundError
+from launcher.hosts import Host
 from launcher.rundir import Run, RunLock
 from launcher.ui import counted, purple, size
+from launcher.vitals import Vitals
 from tests.conftest import made_run
 
 
@@ -45,6 +47,17 @@ def test_a_held_run_is_running_unless_we_hold_it(tmp_path: Path) -> None:
         )
         done = subprocess.run([sys.executable, "-c", code, str(run.root)], capture_output=True, text=True, check=True)
         assert done.stdout == "running\n"
+
+
+def test_what_ranks_do_is_read_as_their_node_writes_it(tmp_path: Path) -> None:
+    """`status` read a mapping by rank where the node writes a list, and never showed what any rank does."""
+    attempt = made_run(tmp_path / "run", "interrupted").new_attempt()
+    hosts = [Host("gpu-03", 2), Host("gpu-04", 2)]
+    rundir.write_json(attempt.hosts, [host.to_json() for host in hosts])
+    rundir.write_json(attempt.progress(1), Vitals(attempt, 1, hosts).look())
+    silent, said = report.read(attempt.run).nodes
+    assert silent.doing == {}
+    assert {rank: row["phase"] for rank, row in said.doing.items()} == {"2": "start", "3": "start"}
 
 
 def test_a_directory_without_a_recipe_is_no_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -90,6 +91,20 @@ def test_a_torn_last_line_is_skipped_and_a_damaged_one_is_named(tmp_path: Path) 
     path.write_bytes(whole[:-10] + whole)
     with pytest.raises(DataError, match=r"events\.jsonl:2 is not JSON"):
         rundir.read_lines(path)
+
+
+def test_the_next_writer_goes_on_behind_half_a_line(tmp_path: Path) -> None:
+    """After a power cut the next launcher appended behind half a line, and no command could read the run any more."""
+    path = tmp_path / "supervisor.jsonl"
+    for step in (1, 3):
+        rundir.append_line(path, {"step": step})
+        with path.open("ab") as file:
+            file.write(b'{"step": "half of \xc3')
+    assert [row["step"] for row in rundir.read_lines(path)] == [1, 3]
+    with file_size_limit(path.stat().st_size + 10), pytest.raises(StorageError):
+        rundir.append_line(path, {"step": 4, "text": "x" * 100})
+    rundir.append_line(path, {"step": 5})
+    assert [row["step"] for row in rundir.read_lines(path)] == [1, 3, 5]
 
 
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
@@ -312,6 +327,45 @@ def test_looking_for_the_holder_keeps_nobody_out(tmp_path: Path) -> None:
         timer.start()
         with RunLock(run, "launch"):
             timer.join()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """On Lustre without `-o flock` every command ended with a traceback, and with the code of a bug of ours."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = Run(tmp_path)
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises(StorageError, match=r"cannot lock .*/lock: ") as caught, RunLock(run, "launch"):
+        pass
+    assert "-o flock" in caught.value.hint
+    with pytest.raises(StorageError, match=r"cannot lock .*/lock: "):
+        rundir.holder(run)
+    assert os.listdir("/proc/self/fd") == descriptors
+
+
+def test_a_lock_on_a_full_disk(small_disk: Path) -> None:
+    """There was a traceback, and the name of the holder before was gone too."""
+    run, other = (Run(small_disk / name) for name in ("run", "other"))
+    for made in (run, other):
+        made.root.mkdir()
+    with RunLock(run, "launch"):
+        pass
+    with (
+        pytest.raises(StorageError),
+        (small_disk / "fill").open("wb", buffering=0) as file,
+        rundir.storage_errors(run.root),
+    ):
+        while True:
+            file.write(bytes(4096))
+    with RunLock(run, "resume"):
+        assert rundir.last_holder(run)["command"] == "resume"
+    with pytest.raises(StorageError, match="No space left"), RunLock(other, "launch"):
+        pass
+    assert rundir.holder(other) is None
 
 
 def test_a_request_to_the_holder_before_is_not_for_this_one(tmp_path: Path) -> None:

@@ -203,7 +203,15 @@ def test_a_controller_that_is_away_is_asked_again(
     ("squeue", "sacct", "state", "reason"),
     [
         ((0, "PENDING|Resources\n", ""), None, "PENDING", "Resources"),
-        ((1, "", "Invalid job id specified\n"), (0, "CANCELLED by 0\n", ""), "CANCELLED", ""),
+        ((0, "PENDING|Resources|/runs/a b|c\n", ""), None, "PENDING", "Resources"),
+        ((0, "RUNNING|None|/x\n", ""), None, "UNKNOWN", "SLURM has forgotten it: its 12 is another job, of /x"),
+        ((1, "", "Invalid job id specified\n"), (0, "CANCELLED by 0|/runs/a b|c\n", ""), "CANCELLED", ""),
+        (
+            (1, "", "Invalid job id specified\n"),
+            (0, "COMPLETED|/x\n", ""),
+            "UNKNOWN",
+            "SLURM has forgotten it: its 12 is another job, of /x",
+        ),
         ((1, "", "Invalid job id specified\n"), (1, "", "disabled\n"), "UNKNOWN", "SLURM has forgotten it"),
         ((1, "", f"{jobs.UNREACHABLE}\n"), None, "UNKNOWN", jobs.UNREACHABLE),
         (None, None, "UNKNOWN", "cannot start squeue: No such file or directory"),
@@ -216,7 +224,21 @@ def test_the_state_of_a_job(
     for name, answer in (("squeue", squeue), ("sacct", sacct)):
         if answer is not None:
             fakes.answer(name, *answer)
-    assert jobs.look_up("12") == jobs.Job("12", state, reason)
+    assert jobs.look_up("12", "/runs/a b|c") == jobs.Job("12", state, reason)
+
+
+def test_a_job_of_somebody_else_is_not_cancelled(stub: Stub, fakes: Fakes) -> None:
+    """Of two clusters on one home directory, the one that was asked had another job of the same number running, and
+    `speechctl stop` cancelled that."""
+    assert stub.speechctl("launch", "stub.yaml").returncode == 0
+    fakes.answer("scancel")
+    fakes.answer("squeue", out="PENDING|Resources|/home/somebody\n")
+    done = stub.speechctl("stop", str(stub.run.root))
+    assert (done.returncode, fakes.asked("scancel")) == (ExitCode.USAGE, [])
+    assert f"error: {stub.run.root} is not running" in done.stderr
+    fakes.answer("squeue", out=f"PENDING|Resources|{stub.run.root}\n")
+    done = stub.speechctl("stop", str(stub.run.root))
+    assert (done.stdout, len(fakes.asked("scancel"))) == (f"{stub.run.root}: job 12 is cancelled\n", 1)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,13 @@ def test_the_files_may_be_seen_at_another_path(tmp_path: Path) -> None:
     assert excerpt.lines == ["debug", "gpu-04: Permission denied (publickey)."]
 
 
+def test_a_lock_that_names_nobody_hides_nothing(tmp_path: Path) -> None:
+    """Where the disk was full, the lock was empty, and `why` read it as a damaged file of the run."""
+    run = made_run(tmp_path / "run", "interrupted")
+    run.lock.touch()
+    assert why.diagnose(run, None).message.startswith("the launcher was gone before it could say how the ranks ended")
+
+
 def test_what_files_say_drives_no_terminal(speechctl: Transcript, tmp_path: Path) -> None:
     run = lab_run(tmp_path / "runs" / "stub")
     write_failure(run, 3, message="boom \x1b]0;owned\x07", hint="\x9b31m")
@@ -170,10 +177,12 @@ def test_only_the_end_of_a_long_log_is_shown(tmp_path: Path) -> None:
 def at_work(run: Run) -> None:
     attempt = run.attempts()[-1]
     (attempt.root / "progress").mkdir(exist_ok=True)
-    ranks: dict[str, Any] = {str(r): {"phase": "step", "step": 5, "at": "", "unchanged_s": 0.3} for r in (0, 1)}
+    ranks: list[dict[str, Any]] = [{"rank": r, "phase": "step", "step": 5, "unchanged_s": 0.3} for r in (0, 1)]
     rundir.write_json(attempt.root / "progress" / "node-000.json", {"ranks": ranks})
-    ranks = {str(r): {"phase": "step", "step": 5, "unchanged_s": 0.3} for r in (2, 3)}
-    ranks["3"] = {"phase": "save", "step": 4, "unchanged_s": 45.2}
+    ranks = [
+        {"rank": 2, "phase": "step", "step": 5, "unchanged_s": 0.3},
+        {"rank": 3, "phase": "save", "step": 4, "unchanged_s": 45.2},
+    ]
     rundir.write_json(attempt.root / "progress" / "node-001.json", {"ranks": ranks})
     for host, until in (("gpu-07", 3e9), ("gpu-08", 100.0), ("gpu-09", 4e9)):
         rundir.append_line(run.avoided, {"host": host, "why": "lost", "until": until})
@@ -186,7 +195,7 @@ def test_status_across_nodes(speechctl: Transcript, tmp_path: Path, golden: Gold
     at_work(run)
     with held(run, "speechctl launch stub.yaml"):
         compare("status-nodes", "status stub", 0, speechctl, tmp_path, golden)
-        (run.attempts()[-1].root / "progress" / "node-001.json").write_text('{"ranks": {"2": {"pha')
+        (run.attempts()[-1].root / "progress" / "node-001.json").write_text('{"ranks": [{"rank": 2, "pha')
         done = compare("status-nodes-half", "status stub", 0, speechctl, tmp_path, golden)
         assert "nothing heard yet" in done.stdout
         value = json.loads(speechctl("status", "stub", "--json").stdout)
