@@ -19,7 +19,7 @@ from launcher import account, rundir
 from launcher.backends import slurm, ssh
 from launcher.errors import DataError, ExitCode
 from launcher.hosts import Host
-from launcher.node import ANOTHER
+from launcher.node import ANOTHER, SILENCE, STOP
 from launcher.rundir import Attempt
 
 Verdict = Literal["again", "mend"]
@@ -121,11 +121,10 @@ def conclude(
         failure = seen or first_cause(attempt, returncodes, order)
     else:  # rank 0 writes it after the last seal
         unasked = ended["code"] == ExitCode.STOPPED and not attempt.run.stop_request.exists()
-        # Where ranks still reach each other, as over a network of their own, they seal although a node was lost to us.
-        lost = seen or _lost_node(_Ended(attempt, list(returncodes), list(order))) if unasked else None
-        if lost is None:
+        cause = (seen or _unasked(_Ended(attempt, list(returncodes), list(order)))) if unasked else None
+        if cause is None:
             return ExitCode(ended["code"])
-        failure = lost
+        failure = cause
     rundir.write_json(attempt.failure, failure.to_json())
     return failure.code
 
@@ -134,6 +133,7 @@ def first_cause(attempt: Attempt, returncodes: Sequence[int], order: Sequence[in
     ended = _Ended(attempt, list(returncodes), list(order))
     for rule in (
         _never_came_up,
+        _lost_launcher,
         _first_node,
         _rank,
         _port,
@@ -145,6 +145,21 @@ def first_cause(attempt: Attempt, returncodes: Sequence[int], order: Sequence[in
         if (failure := rule(ended)) is not None:
             return failure
     return _unexplained(ended)
+
+
+def _unasked(ended: _Ended) -> Failure | None:
+    """Why all ranks sealed and ended though nobody had asked the run to stop."""
+    # Where ranks still reach each other, as over a network of their own, they seal although a node was lost to us.
+    if (lost := _lost_launcher(ended) or _lost_node(ended)) is not None:
+        return lost
+    if ended.in_job or any(node["asked"] == STOP for node in ended.nodes.values()):
+        return None  # SLURM makes room for another job, and the batch script has this one queued again
+    for k in ended.order:
+        asked = ended.nodes.get(k, {}).get("asked")
+        if asked and asked != ANOTHER:
+            return ended.of_node("node lost", k, f"the ranks sealed and ended because of {ended.node(k)}: {asked}")
+    message = "the ranks sealed and ended because one of them was sent SIGTERM, and not by a request to stop"
+    return Failure("killed", message, resume(ended.attempt), evidence=[str(ended.attempt.logs)])
 
 
 def resume(attempt: Attempt) -> str:
@@ -255,6 +270,16 @@ def _lost_node(ended: _Ended) -> Failure | None:
     return next((f for k in ended.order if (f := _lost(ended, k))), None)
 
 
+def _lost_launcher(ended: _Ended) -> Failure | None:
+    """No node heard anything of this launcher: it was suspended, or the file server did not answer. No host's fault."""
+    asked = [str(ended.nodes.get(k, {}).get("asked")) for k in ended.order]
+    if not all(why.startswith(SILENCE) for why in asked):
+        return None
+    message = f"all nodes ended their ranks, on each {asked[0]}: it was suspended, or its files did not get there"
+    evidence = [str(ended.attempt.supervisor), str(ended.attempt.lease)]
+    return Failure("launcher lost", message, resume(ended.attempt), evidence=evidence)
+
+
 def _lost(ended: _Ended, k: int) -> Failure | None:
     node, returncode = ended.nodes.get(k), ended.returncodes[k]
     if ended.in_job and slurm.lost(ended.attempt, k):  # srun may return 0 then
@@ -277,7 +302,7 @@ def _lost(ended: _Ended, k: int) -> Failure | None:
         if returncode == -signal.SIGKILL and (memory := _memory(ended, k, f"the agent of {ended.node(k)}", None)):
             return ended.of_node("host memory", k, *memory)
         return ended.of_node("node lost", k, f"the agent of {ended.node(k)} was ended by {by}, and its ranks with it")
-    if str(node["asked"]).startswith("nothing was heard"):
+    if str(node["asked"]).startswith(SILENCE):
         return ended.of_node("node lost", k, f"{ended.node(k)} and the launcher lost each other: {node['asked']}")
     return None
 

@@ -48,6 +48,12 @@ OVER = b"over\n"
 ANOTHER = "another node had ended"
 """Why a node ends its ranks that was asked to because another one failed."""
 
+STOP = "a stop was asked for"
+"""The same, where the run's file that asks for it was there."""
+
+SILENCE = "nothing was heard of the launcher"
+"""How it begins where the launcher's lease was not renewed."""
+
 NODE_SCRIPT = """\
 #!/usr/bin/env bash
 # Starts this attempt's ranks on one node. Argument: the rank of the node, from 0.
@@ -216,14 +222,14 @@ class Node:
             if self.asked is None and self.files.over:
                 self.asked = ANOTHER
             if self.asked is None and lease_s is not None and self.files.unchanged_s() > lease_s:
-                self.asked = f"nothing was heard of the launcher for {lease_s:g} s"
+                self.asked = f"{SILENCE} for {lease_s:g} s"
             if self.asked is not None:
                 self._ask_ranks(torchrun)
             stop = self.files.stop_requested
             if deadline == math.inf and (stop or self.asked is not None):
                 deadline = time.monotonic() + grace_s
             if time.monotonic() > deadline:
-                why = self.asked or "a stop was asked for"
+                why = self.asked or STOP
                 self.killed = f"{why}, and launch.stop_grace, {grace_s:g} s, was over"
             elif self.told_to_kill:
                 self.killed = "the launcher was told to end at once"
@@ -231,7 +237,7 @@ class Node:
                 kill_family()
                 break
         if self.asked is None and self.files.stop_requested:
-            self.asked = "a stop was asked for"
+            self.asked = STOP
         return torchrun.wait()
 
     def _terminated(self, *_: object) -> None:

@@ -10,6 +10,7 @@ import pytest
 from launcher import failure, rundir
 from launcher.errors import ExitCode
 from launcher.failure import KINDS, Failure
+from launcher.node import SILENCE, STOP
 from launcher.rundir import Attempt, Run
 from tests.faults.table import TABLE, Cell
 
@@ -49,6 +50,8 @@ def test_the_table_of_faults_and_the_kinds_of_failure_agree() -> None:
 
 @pytest.mark.parametrize(("code", "returncode"), [(0, 0), (75, 0), (0, 1), (75, 1), (0, -9)])
 def test_exit_json_is_the_truth_once_it_is_there(ended: Attempt, code: int, returncode: int) -> None:
+    ended.run.stop_request.parent.mkdir()
+    ended.run.stop_request.touch()
     rundir.write_json(ended.exit, {"code": code, "step": 5, "sealed_step": 5})
     assert failure.conclude(ended, [returncode]) == code
     assert not ended.failure.exists()
@@ -63,6 +66,35 @@ def test_ranks_that_sealed_because_a_node_was_lost_are_not_a_stop(ended: Attempt
     ended.run.stop_request.parent.mkdir()
     ended.run.stop_request.touch()
     assert failure.conclude(ended, [0, -9], (1, 0)) == ExitCode.STOPPED, "here somebody had asked"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "culprit"),
+    [
+        ((None, "the node was sent SIGTERM, as by SLURM before it ends a job"), "node lost", "node 1 on b"),
+        ((None, f"{SILENCE} for 30 s"), "node lost", "node 1 on b"),
+        ((f"{SILENCE} for 30 s", f"{SILENCE} for 30 s"), "launcher lost", "all nodes"),
+        ((None, None), "killed", "SIGTERM"),
+    ],
+)
+def test_ranks_that_sealed_though_nobody_asked_for_a_stop_go_on(
+    ended: Attempt, asked: tuple[str | None, ...], kind: str, culprit: str
+) -> None:
+    """A host was rebooted, a rank was sent SIGTERM, a launcher lay suspended: all ranks sealed, the run ended as
+    "stopped on request", and nobody started it again."""
+    rundir.write_json(ended.exit, {"code": 75, "step": 5, "sealed_step": 5})
+    for k in range(2):
+        rundir.write_json(ended.node(k), {"host": "here", **NODE, "returncode": 0, "asked": asked[k]})
+    found, _, message = verdict(ended, 0, 0)
+    assert found == kind and culprit in message
+    assert KINDS[kind][1] == "again"
+    ended.failure.unlink()
+    ended.srun_log(0).touch()
+    if kind != "launcher lost":
+        assert failure.conclude(ended, [0, 0]) == ExitCode.STOPPED, "the batch script has such a job queued again"
+    ended.srun_log(0).unlink()
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "returncode": 0, "asked": STOP})
+    assert failure.conclude(ended, [0, 0]) == ExitCode.STOPPED, "it was asked for, and the file is gone since"
 
 
 @pytest.mark.parametrize("returncode", [0, 1, -9, 127])

@@ -135,6 +135,19 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
 # Attempt after attempt ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("victim", "kind"), [("agent", "node lost"), ("rank", "killed")])
+def test_a_run_that_nobody_asked_to_stop_goes_on(stub: Stub, victim: str, kind: str) -> None:
+    """A host that went down told its agent by SIGTERM, all ranks sealed, and the run was over: "stopped on request"."""
+    stub.behave("train", "train", then=("train 20", "train 20"))
+    with launched(stub) as process:
+        first = stub.run.attempts()[0]
+        record = first.node(0) if victim == "agent" else first.rank(1)
+        os.kill(rundir.read_json(record)["pid"], signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.FINISHED, stderr
+    assert failure_of(stub)["kind"] == kind and rundir.read_json(first.exit)["code"] == ExitCode.STOPPED
+
+
 def test_ctrl_c_in_the_wait_is_heard(stub: Stub) -> None:
     stub.recipe.write_text(stub.recipe.read_text().replace("wait: 0.1s", "wait: 100s"))
     stub.behave("train", "kill")
