@@ -71,6 +71,10 @@ DEVICE = (
 """How CUDA says that a GPU is broken, whatever runs on it."""
 
 
+OF_A_CONNECTION = ("DistBackendError", "DistNetworkError", "DistStoreError")
+"""Types of torch for what goes wrong between ranks, whoever is to blame."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """What `failure.json` says of an attempt."""
@@ -140,6 +144,7 @@ def first_cause(attempt: Attempt, returncodes: Sequence[int], order: Sequence[in
         _exited,
         _lost_node,
         _stopped,
+        _torchrun,
         _lost_peer,
     ):
         if (failure := rule(ended)) is not None:
@@ -316,7 +321,9 @@ def _lost_by_slurm(ended: _Ended, k: int) -> Failure:
 
 def _rank(ended: _Ended) -> Failure | None:
     """A rank that was ended by a signal, or that gave a cause of its own."""
-    causes = [r for r in ended.records if not r["lost_peer"]]
+    said = [r for r in ended.records if not r["lost_peer"]]
+    # torch's own errors of a connection are a cause only where there is no other.
+    causes = [r for r in said if r["type"] not in OF_A_CONNECTION]
     raised = {r["rank"] for r in causes}
     signalled: list[tuple[int, int]] = []
     for k in ended.order:
@@ -327,9 +334,9 @@ def _rank(ended: _Ended) -> Failure | None:
         strong = first is not None and first[1] == signal.SIGKILL and not ended.nodes.get(k, {}).get("asked")
         if first is not None and (strong or not raised):
             signalled.append(first)
-    if signalled:
-        return _signalled(ended, *signalled[0])
-    return _raised(ended, causes[0]) if causes else None
+    if signalled:  # the watchdog of NCCL aborts ranks, also on a node that ends before the one with the cause
+        return _signalled(ended, *min(signalled, key=lambda one: one[1] == signal.SIGABRT))
+    return _raised(ended, (causes or said)[0]) if said else None
 
 
 def _signalled(ended: _Ended, rank: int, number: int) -> Failure:
@@ -423,6 +430,19 @@ def _asked_by(attempt: Attempt) -> str | None:
     return kind if kind in ("time limit", "preempted") else None
 
 
+def _torchrun(ended: _Ended) -> Failure | None:
+    """torchrun itself was ended by a signal, and not by its node."""
+    for k in ended.order:
+        node = ended.nodes.get(k, {})
+        returncode = node.get("returncode") or 0
+        if returncode < 0 and not node["killed"]:
+            who = f"torchrun of {ended.node(k)}"
+            if returncode == -signal.SIGKILL and (memory := _memory(ended, k, who, None)):
+                return ended.of_node("host memory", k, *memory)
+            return ended.of_node("killed", k, f"{who} was ended by {account.name_of(-returncode)}")
+    return None
+
+
 def _lost_peer(ended: _Ended) -> Failure | None:
     if not ended.records:
         return None
@@ -432,13 +452,6 @@ def _lost_peer(ended: _Ended) -> Failure | None:
 
 def _unexplained(ended: _Ended) -> Failure:
     """What can be said where no rank said anything."""
-    for k in ended.order:
-        returncode = ended.nodes.get(k, {}).get("returncode") or 0
-        if returncode < 0:
-            who = f"torchrun of {ended.node(k)}"
-            if returncode == -signal.SIGKILL and (memory := _memory(ended, k, who, None)):
-                return ended.of_node("host memory", k, *memory)
-            return ended.of_node("killed", k, f"{who} was ended by {account.name_of(-returncode)}")
     k = next((k for k in ended.order if ended.returncodes[k] != 0), ended.order[0])
     words = account.last_error(ended.attempt.node_log(k))
     return ended.of_node("node failed", k, f"the ranks of {ended.node(k)} ended without a word: {words}")
