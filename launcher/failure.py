@@ -215,6 +215,11 @@ class _Ended:
         own = self.attempt.rank_log(rank)
         return own if own.exists() and own.stat().st_size else self.attempt.node_log(self.node_of(rank))
 
+    def account(self, node_rank: int) -> list[tuple[int, int]]:
+        """(rank, exit code) of its ranks that failed, as torchrun saw it."""
+        silenced = self.nodes.get(node_rank, {}).get("silenced", ())
+        return account.of_torchrun(self.attempt.node_log(node_rank), silenced)
+
     def memory(self, node_rank: int) -> dict[str, Any]:
         """What the node saw of the kernel's memory killer (`memory.Watch`), also where the node itself was its prey."""
         record = self.nodes.get(node_rank, {}).get("memory") or read_progress(self.attempt, node_rank).get("memory")
@@ -328,7 +333,7 @@ def _rank(ended: _Ended) -> Failure | None:
     signalled: list[tuple[int, int]] = []
     for k in ended.order:
         here = {r for r in raised if ended.node_of(r) == k}
-        first = account.first_signalled(account.of_torchrun(ended.attempt.node_log(k)), here)
+        first = account.first_signalled(ended.account(k), here)
         # Nobody sends SIGKILL but the kernel, a person, and we: a node that was left alone saw a cause. An abort of
         # another node's ranks follows from whatever was raised.
         strong = first is not None and first[1] == signal.SIGKILL and not ended.nodes.get(k, {}).get("asked")
@@ -385,7 +390,7 @@ def _raised(ended: _Ended, cause: dict[str, Any]) -> Failure:
 
 def _port(ended: _Ended) -> Failure | None:
     head = ended.attempt.node_log(0)
-    if 0 not in ended.nodes or account.of_torchrun(head) or not account.port_taken(head):
+    if 0 not in ended.nodes or ended.account(0) or not account.port_taken(head):
         return None
     meeting = rundir.read_json(ended.attempt.rendezvous) or {}
     at = f"{meeting.get('address')} port {meeting.get('port')}"
@@ -396,7 +401,7 @@ def _port(ended: _Ended) -> Failure | None:
 def _exited(ended: _Ended) -> Failure | None:
     """A rank that ended by a code of its own and said nothing."""
     for k in ended.order:
-        for rank, code in account.of_torchrun(ended.attempt.node_log(k)):
+        for rank, code in ended.account(k):
             if code > 0 and rank not in {r["rank"] for r in ended.records}:
                 log = ended.log(rank)
                 message = f"{ended.who(rank)} ended with code {code} and without a word: {account.last_error(log)}"

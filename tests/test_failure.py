@@ -157,6 +157,17 @@ def test_ranks_that_torchrun_ended_are_not_the_cause(ended: Attempt) -> None:
     assert verdict(ended) == ("training", 1, "rank 1 on a: ValueError: boom")
 
 
+def test_ranks_that_their_node_or_torchrun_killed_after_a_death_are_not_the_cause(ended: Attempt) -> None:
+    """All that rank 0 said is that it lost somebody, on the other node; rank 1 was blocked, and killed for that."""
+    record(ended, 0, 1.0, "Connection reset by peer", lost=True, code=76)
+    ended.node_log(1).write_text(summary_of((2, -11, 7)))
+    words = "Unable to shutdown process 6 via SIGTERM, forcefully exiting via SIGKILL\n"
+    for silenced, said in (([6], ""), ([], words)):
+        ended.node_log(0).write_text(said + summary_of((0, 1, 5), (1, -9, 6)))
+        rundir.write_json(ended.node(0), {"host": "here", **NODE, "silenced": silenced})
+        assert verdict(ended, order=(0, 1))[:2] == ("killed", 2)
+
+
 def test_an_abort_for_want_of_a_peer_is_not_the_cause(ended: Attempt) -> None:
     ended.node_log(0).write_text((GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid", "-6 (pid"))
     assert verdict(ended) == ("killed", 1, "rank 1 on a was ended by SIGABRT")
@@ -189,6 +200,7 @@ def test_an_error_of_a_connection_is_a_cause_only_where_there_is_no_other(ended:
     ended.node_log(0).write_text(summary_of((0, 1, 5)))
     assert verdict(ended)[:2] == ("training", 0)
     ended.node_log(1).write_text(summary_of((2, -9, 7)))
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "asked": "another node had ended"})
     assert verdict(ended)[:2] == ("killed", 2)
 
 
@@ -218,7 +230,7 @@ def test_the_words_for_a_lost_peer_are_known(kind: str, said: str) -> None:
 
 def test_a_rank_that_ends_by_its_own_code_is_named_with_it(ended: Attempt) -> None:
     ended.node_log(0).write_text(
-        (GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid: 8762)  (SIGKILL)", "7 (pid")
+        (GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid: 8762)  (SIGKILL)", "7 (pid: 8762)")
     )
     ended.rank_log(1).write_text("loading\nlicence server said no\n")
     assert verdict(ended) == (

@@ -100,6 +100,7 @@ def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:
         from launcher.worker import train
 
         train.run(attempt.root, stop_flag, fresh)
+        marks.mark(marks.END)
         return 0  # torchrun knows only 0 and not 0: the true code is in exit.json
     except BaseException as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
