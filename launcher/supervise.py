@@ -49,6 +49,9 @@ def to_the_end(
         while True:
             wait_for_the_last(run, recipe.launch.stop_grace)
             recovery.settle(run)
+            if not by_hand and (spent := recovery.exhausted(run, recipe.launch.relaunch)) is not None:
+                rundir.write_json(run.attempts()[-1].failure, spent.to_json())
+                return spent.code
             attempt = prepare_attempt(run, recipe.launch, plan, fresh=fresh)
             before = -1 if fresh else recovery.sealed(run)
             job = {"job": os.environ["SLURM_JOB_ID"]} if plan.backend == "slurm" else {}
@@ -75,7 +78,9 @@ def to_the_end(
                     rundir.write_json(attempt.failure, failed.to_json())
                 return failed.code
             if plan.backend == "slurm" and failed.kind in recovery.AT_ITS_HOST:
-                return failed.code  # another job may get another host in its place
+                # Another job may get another host in its place: the code says to queue it again, also where a host
+                # that was lost refuses now, whose own code would not.
+                return ExitCode.INFRASTRUCTURE
             tell(relaunching(attempt, failed, after, decision.wait_s, recovery.used_again(moved, avoided)))
             if not pause(decision.wait_s, run, received):
                 return failed.code
