@@ -19,7 +19,7 @@ from launcher import account, rundir
 from launcher.backends import slurm, ssh
 from launcher.errors import DataError, ExitCode
 from launcher.hosts import Host
-from launcher.node import ANOTHER
+from launcher.node import ANOTHER, SILENCE, STOP
 from launcher.rundir import Attempt
 
 Verdict = Literal["again", "mend"]
@@ -69,6 +69,10 @@ DEVICE = (
     r"|[Uu]nable to determine the device handle"
 )
 """How CUDA says that a GPU is broken, whatever runs on it."""
+
+
+OF_A_CONNECTION = ("DistBackendError", "DistNetworkError", "DistStoreError")
+"""Types of torch for what goes wrong between ranks, whoever is to blame."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,10 @@ def conclude(
         failure = seen or first_cause(attempt, returncodes, order)
     else:  # rank 0 writes it after the last seal
         unasked = ended["code"] == ExitCode.STOPPED and not attempt.run.stop_request.exists()
-        # Where ranks still reach each other, as over a network of their own, they seal although a node was lost to us.
-        lost = seen or _lost_node(_Ended(attempt, list(returncodes), list(order))) if unasked else None
-        if lost is None:
+        cause = (seen or _unasked(_Ended(attempt, list(returncodes), list(order)))) if unasked else None
+        if cause is None:
             return ExitCode(ended["code"])
-        failure = lost
+        failure = cause
     rundir.write_json(attempt.failure, failure.to_json())
     return failure.code
 
@@ -134,17 +137,34 @@ def first_cause(attempt: Attempt, returncodes: Sequence[int], order: Sequence[in
     ended = _Ended(attempt, list(returncodes), list(order))
     for rule in (
         _never_came_up,
+        _lost_launcher,
         _first_node,
         _rank,
         _port,
         _exited,
         _lost_node,
         _stopped,
+        _torchrun,
         _lost_peer,
     ):
         if (failure := rule(ended)) is not None:
             return failure
     return _unexplained(ended)
+
+
+def _unasked(ended: _Ended) -> Failure | None:
+    """Why all ranks sealed and ended though nobody had asked the run to stop."""
+    # Where ranks still reach each other, as over a network of their own, they seal although a node was lost to us.
+    if (lost := _lost_launcher(ended) or _lost_node(ended)) is not None:
+        return lost
+    if ended.in_job or any(node["asked"] == STOP for node in ended.nodes.values()):
+        return None  # SLURM makes room for another job, and the batch script has this one queued again
+    for k in ended.order:
+        asked = ended.nodes.get(k, {}).get("asked")
+        if asked and asked != ANOTHER:
+            return ended.of_node("node lost", k, f"the ranks sealed and ended because of {ended.node(k)}: {asked}")
+    message = "the ranks sealed and ended because one of them was sent SIGTERM, and not by a request to stop"
+    return Failure("killed", message, resume(ended.attempt), evidence=[str(ended.attempt.logs)])
 
 
 def resume(attempt: Attempt) -> str:
@@ -194,6 +214,11 @@ class _Ended:
         """Where that rank's own words are, or else its node's."""
         own = self.attempt.rank_log(rank)
         return own if own.exists() and own.stat().st_size else self.attempt.node_log(self.node_of(rank))
+
+    def account(self, node_rank: int) -> list[tuple[int, int]]:
+        """(rank, exit code) of its ranks that failed, as torchrun saw it."""
+        silenced = self.nodes.get(node_rank, {}).get("silenced", ())
+        return account.of_torchrun(self.attempt.node_log(node_rank), silenced)
 
     def memory(self, node_rank: int) -> dict[str, Any]:
         """What the node saw of the kernel's memory killer (`memory.Watch`), also where the node itself was its prey."""
@@ -255,6 +280,16 @@ def _lost_node(ended: _Ended) -> Failure | None:
     return next((f for k in ended.order if (f := _lost(ended, k))), None)
 
 
+def _lost_launcher(ended: _Ended) -> Failure | None:
+    """No node heard anything of this launcher: it was suspended, or the file server did not answer. No host's fault."""
+    asked = [str(ended.nodes.get(k, {}).get("asked")) for k in ended.order]
+    if not all(why.startswith(SILENCE) for why in asked):
+        return None
+    message = f"all nodes ended their ranks, on each {asked[0]}: it was suspended, or its files did not get there"
+    evidence = [str(ended.attempt.supervisor), str(ended.attempt.lease)]
+    return Failure("launcher lost", message, resume(ended.attempt), evidence=evidence)
+
+
 def _lost(ended: _Ended, k: int) -> Failure | None:
     node, returncode = ended.nodes.get(k), ended.returncodes[k]
     if ended.in_job and slurm.lost(ended.attempt, k):  # srun may return 0 then
@@ -277,7 +312,7 @@ def _lost(ended: _Ended, k: int) -> Failure | None:
         if returncode == -signal.SIGKILL and (memory := _memory(ended, k, f"the agent of {ended.node(k)}", None)):
             return ended.of_node("host memory", k, *memory)
         return ended.of_node("node lost", k, f"the agent of {ended.node(k)} was ended by {by}, and its ranks with it")
-    if str(node["asked"]).startswith("nothing was heard"):
+    if str(node["asked"]).startswith(SILENCE):
         return ended.of_node("node lost", k, f"{ended.node(k)} and the launcher lost each other: {node['asked']}")
     return None
 
@@ -291,20 +326,22 @@ def _lost_by_slurm(ended: _Ended, k: int) -> Failure:
 
 def _rank(ended: _Ended) -> Failure | None:
     """A rank that was ended by a signal, or that gave a cause of its own."""
-    causes = [r for r in ended.records if not r["lost_peer"]]
+    said = [r for r in ended.records if not r["lost_peer"]]
+    # torch's own errors of a connection are a cause only where there is no other.
+    causes = [r for r in said if r["type"] not in OF_A_CONNECTION]
     raised = {r["rank"] for r in causes}
     signalled: list[tuple[int, int]] = []
     for k in ended.order:
         here = {r for r in raised if ended.node_of(r) == k}
-        first = account.first_signalled(account.of_torchrun(ended.attempt.node_log(k)), here)
+        first = account.first_signalled(ended.account(k), here)
         # Nobody sends SIGKILL but the kernel, a person, and we: a node that was left alone saw a cause. An abort of
         # another node's ranks follows from whatever was raised.
         strong = first is not None and first[1] == signal.SIGKILL and not ended.nodes.get(k, {}).get("asked")
         if first is not None and (strong or not raised):
             signalled.append(first)
-    if signalled:
-        return _signalled(ended, *signalled[0])
-    return _raised(ended, causes[0]) if causes else None
+    if signalled:  # the watchdog of NCCL aborts ranks, also on a node that ends before the one with the cause
+        return _signalled(ended, *min(signalled, key=lambda one: one[1] == signal.SIGABRT))
+    return _raised(ended, (causes or said)[0]) if said else None
 
 
 def _signalled(ended: _Ended, rank: int, number: int) -> Failure:
@@ -353,7 +390,7 @@ def _raised(ended: _Ended, cause: dict[str, Any]) -> Failure:
 
 def _port(ended: _Ended) -> Failure | None:
     head = ended.attempt.node_log(0)
-    if 0 not in ended.nodes or account.of_torchrun(head) or not account.port_taken(head):
+    if 0 not in ended.nodes or ended.account(0) or not account.port_taken(head):
         return None
     meeting = rundir.read_json(ended.attempt.rendezvous) or {}
     at = f"{meeting.get('address')} port {meeting.get('port')}"
@@ -364,7 +401,7 @@ def _port(ended: _Ended) -> Failure | None:
 def _exited(ended: _Ended) -> Failure | None:
     """A rank that ended by a code of its own and said nothing."""
     for k in ended.order:
-        for rank, code in account.of_torchrun(ended.attempt.node_log(k)):
+        for rank, code in ended.account(k):
             if code > 0 and rank not in {r["rank"] for r in ended.records}:
                 log = ended.log(rank)
                 message = f"{ended.who(rank)} ended with code {code} and without a word: {account.last_error(log)}"
@@ -398,6 +435,19 @@ def _asked_by(attempt: Attempt) -> str | None:
     return kind if kind in ("time limit", "preempted") else None
 
 
+def _torchrun(ended: _Ended) -> Failure | None:
+    """torchrun itself was ended by a signal, and not by its node."""
+    for k in ended.order:
+        node = ended.nodes.get(k, {})
+        returncode = node.get("returncode") or 0
+        if returncode < 0 and not node["killed"]:
+            who = f"torchrun of {ended.node(k)}"
+            if returncode == -signal.SIGKILL and (memory := _memory(ended, k, who, None)):
+                return ended.of_node("host memory", k, *memory)
+            return ended.of_node("killed", k, f"{who} was ended by {account.name_of(-returncode)}")
+    return None
+
+
 def _lost_peer(ended: _Ended) -> Failure | None:
     if not ended.records:
         return None
@@ -407,13 +457,6 @@ def _lost_peer(ended: _Ended) -> Failure | None:
 
 def _unexplained(ended: _Ended) -> Failure:
     """What can be said where no rank said anything."""
-    for k in ended.order:
-        returncode = ended.nodes.get(k, {}).get("returncode") or 0
-        if returncode < 0:
-            who = f"torchrun of {ended.node(k)}"
-            if returncode == -signal.SIGKILL and (memory := _memory(ended, k, who, None)):
-                return ended.of_node("host memory", k, *memory)
-            return ended.of_node("killed", k, f"{who} was ended by {account.name_of(-returncode)}")
     k = next((k for k in ended.order if ended.returncodes[k] != 0), ended.order[0])
     words = account.last_error(ended.attempt.node_log(k))
     return ended.of_node("node failed", k, f"the ranks of {ended.node(k)} ended without a word: {words}")

@@ -48,6 +48,16 @@ OVER = b"over\n"
 ANOTHER = "another node had ended"
 """Why a node ends its ranks that was asked to because another one failed."""
 
+STOP = "a stop was asked for"
+"""The same, where the run's file that asks for it was there."""
+
+SILENCE = "nothing was heard of the launcher"
+"""How it begins where the launcher's lease was not renewed."""
+
+AFTER_DEATH_S = 5.0
+"""How long the ranks beside one that died may take to say what they saw. They cannot seal without it, and where they
+are blocked in a library they never hear torchrun's SIGTERM; torchrun itself would wait for 30 s."""
+
 NODE_SCRIPT = """\
 #!/usr/bin/env bash
 # Starts this attempt's ranks on one node. Argument: the rank of the node, from 0.
@@ -97,6 +107,8 @@ class Node:
         self.killed: str | None = None
         """Why this process killed them, where it did."""
         self.told: set[int] = set()
+        self.silenced: set[int] = set()
+        """Ranks that were killed because another one had died."""
         self.files = Files(attempt)
         self.vitals = Vitals(attempt, node_rank, self.hosts)
         self.record: dict[str, Any] = {"node_rank": node_rank, "host": socket.gethostname(), "pid": os.getpid()}
@@ -203,35 +215,40 @@ class Node:
         return 0 if returncode == 0 else 1
 
     def _write_record(self, returncode: int | None) -> None:
-        ended = {"returncode": returncode, "asked": self.asked, "killed": self.killed, "time": time.time()}
+        ended: dict[str, Any] = {"returncode": returncode, "asked": self.asked, "killed": self.killed}
+        ended |= {"silenced": sorted(self.silenced), "time": time.time()}
         rundir.write_json(self.attempt.node(self.node_rank), {**self.record, **ended})
 
     def _watch(self, torchrun: subprocess.Popen[bytes]) -> int:
         self.files.follow()
         self.vitals.follow()
-        deadline = math.inf
+        deadline = death = math.inf
         grace_s, lease_s = self.env["stop_grace_s"], self.env["lease_s"]
         while torchrun.poll() is None:
             self._listen(0.2)
             if self.asked is None and self.files.over:
                 self.asked = ANOTHER
             if self.asked is None and lease_s is not None and self.files.unchanged_s() > lease_s:
-                self.asked = f"nothing was heard of the launcher for {lease_s:g} s"
+                self.asked = f"{SILENCE} for {lease_s:g} s"
             if self.asked is not None:
                 self._ask_ranks(torchrun)
             stop = self.files.stop_requested
             if deadline == math.inf and (stop or self.asked is not None):
                 deadline = time.monotonic() + grace_s
             if time.monotonic() > deadline:
-                why = self.asked or "a stop was asked for"
+                why = self.asked or STOP
                 self.killed = f"{why}, and launch.stop_grace, {grace_s:g} s, was over"
             elif self.told_to_kill:
                 self.killed = "the launcher was told to end at once"
             if self.killed is not None:
                 kill_family()
                 break
+            if death == math.inf and self.vitals.one_died():
+                death = time.monotonic()
+            if time.monotonic() - death > AFTER_DEATH_S:
+                self._silence_ranks(torchrun)
         if self.asked is None and self.files.stop_requested:
-            self.asked = "a stop was asked for"
+            self.asked = STOP
         return torchrun.wait()
 
     def _terminated(self, *_: object) -> None:
@@ -265,6 +282,14 @@ class Node:
                 if rank.pid not in self.told:
                     self.told.add(rank.pid)
                     rank.terminate()
+
+    def _silence_ranks(self, torchrun: subprocess.Popen[bytes]) -> None:
+        """SIGKILL to the ranks that are left, and not to torchrun, which then says in the log how each ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(torchrun.pid).children():
+                if rank.pid in self.vitals.pids() - self.silenced and _is_running(rank):
+                    self.silenced.add(rank.pid)
+                    rank.kill()
 
 
 class Files:

@@ -49,6 +49,9 @@ def to_the_end(
         while True:
             wait_for_the_last(run, recipe.launch.stop_grace)
             recovery.settle(run)
+            if not by_hand and (spent := recovery.exhausted(run, recipe.launch.relaunch)) is not None:
+                rundir.write_json(run.attempts()[-1].failure, spent.to_json())
+                return spent.code
             attempt = prepare_attempt(run, recipe.launch, plan, fresh=fresh)
             before = -1 if fresh else recovery.sealed(run)
             job = {"job": os.environ["SLURM_JOB_ID"]} if plan.backend == "slurm" else {}
@@ -75,7 +78,9 @@ def to_the_end(
                     rundir.write_json(attempt.failure, failed.to_json())
                 return failed.code
             if plan.backend == "slurm" and failed.kind in recovery.AT_ITS_HOST:
-                return failed.code  # another job may get another host in its place
+                # Another job may get another host in its place: the code says to queue it again, also where a host
+                # that was lost refuses now, whose own code would not.
+                return ExitCode.INFRASTRUCTURE
             tell(relaunching(attempt, failed, after, decision.wait_s, recovery.used_again(moved, avoided)))
             if not pause(decision.wait_s, run, received):
                 return failed.code
@@ -114,6 +119,9 @@ def pause(wait_s: float, run: Run, received: list[int]) -> bool:
 AFTER_FAILURE_S = 10.0
 """How long the ranks of other nodes may take to end by themselves once a node has failed. They cannot seal without
 its ranks, but they can say what they saw."""
+
+BEFORE_STEPS_S = 3.0
+"""The same before the first step, when there is nothing to seal."""
 
 LET_GO_S = 30.0
 """How long after that a node is waited for that was told to end at once."""
@@ -277,8 +285,7 @@ def watch(
                     look_for_it(attempt, k)
                 if node.returncode != 0 and failed_at == math.inf:
                     over.set()
-                    came_up = rundir.read_json(attempt.node(k)) is not None
-                    failed_at = time.monotonic() - (0 if came_up else AFTER_FAILURE_S)  # else there is nothing to save
+                    failed_at = time.monotonic() + patience(attempt, k) - AFTER_FAILURE_S
         living = [k for k in range(len(nodes)) if k not in order]
         if failed_at == math.inf and ranks.look(living) is not None:
             seen = seen or ranks.explain(living, lambda: say_all(nodes, DUMP))
@@ -306,6 +313,13 @@ def watch(
         time.sleep(0.1)
     follow.once()
     return order, seen
+
+
+def patience(attempt: Attempt, node_rank: int) -> float:
+    """How long other nodes' ranks may take to end by themselves once this one has failed."""
+    if rundir.read_json(attempt.node(node_rank)) is None:
+        return 0.0  # it never came up: there was nothing to do yet
+    return AFTER_FAILURE_S if attempt.metrics.exists() else BEFORE_STEPS_S
 
 
 def say_all(nodes: list[subprocess.Popen[bytes]], word: bytes) -> None:

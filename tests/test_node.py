@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from launcher import rundir
+from launcher import account, failure, rundir
 from launcher.errors import ExitCode, HostError
 from launcher.hosts import Host
 from launcher.marks import VARIABLE
@@ -200,6 +200,33 @@ def test_ranks_end_with_their_parents_whatever_kills_those(stub: Stub, victim: s
         os.kill(process.pid if victim == "node" else torchrun, signal.SIGKILL)
         assert gone(pids, within_s=5)
         assert process.wait(5) == (-9 if victim == "node" else 1)
+
+
+def test_a_death_is_seen_although_the_other_ranks_hear_nothing(stub: Stub) -> None:
+    """Blocked in a library, at the start, they never look whether SIGTERM came, and torchrun waits for 30 s. What it
+    says of those that were killed for that is no cause."""
+    stub.behave("deaf", "kill 0.5", patience_s=30)
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        began = time.monotonic()
+        assert process.wait(20) == 1
+        assert time.monotonic() - began < 15
+        assert gone(stub.pids(), within_s=0)
+    record = rundir.read_json(attempt.node(0))
+    assert record["killed"] is None and record["silenced"] == [rundir.read_json(attempt.rank(0))["pid"]]
+    assert account.of_torchrun(attempt.node_log(0)) == [(1, -9), (0, -9)]
+    rundir.write_json(attempt.rank_failure(1), {"rank": 1, "time": 1.0, "lost_peer": True, "message": "", "type": ""})
+    assert failure.conclude(attempt, [1]) == 76
+    assert rundir.read_json(attempt.failure)["rank"] == 1
+
+
+def test_a_rank_that_came_to_its_end_is_no_death(stub: Stub) -> None:
+    """The others may be sealing, and have the time for it."""
+    stub.behave("deaf 5", "deaf 350")
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        assert process.wait(30) == 0
+    assert rundir.read_json(attempt.node(0))["silenced"] == []
 
 
 def test_what_a_rank_started_ends_with_the_ranks(stub: Stub) -> None:

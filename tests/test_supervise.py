@@ -9,16 +9,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher import environment, rundir, supervise
+from launcher import environment, recipe_file, recovery, rundir, supervise
+from launcher.backends import BACKENDS
 from launcher.errors import ExitCode
 from launcher.events import Follower
-from launcher.failure import KINDS
+from launcher.failure import KINDS, Failure
+from launcher.hosts import Host
 from launcher.recipe_launch import Launch
+from launcher.rundir import Attempt
 from tests.conftest import Stub, gone, wait_until
 
 
@@ -135,6 +139,19 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
 # Attempt after attempt ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("victim", "kind"), [("agent", "node lost"), ("rank", "killed")])
+def test_a_run_that_nobody_asked_to_stop_goes_on(stub: Stub, victim: str, kind: str) -> None:
+    """A host that went down told its agent by SIGTERM, all ranks sealed, and the run was over: "stopped on request"."""
+    stub.behave("train", "train", then=("train 20", "train 20"))
+    with launched(stub) as process:
+        first = stub.run.attempts()[0]
+        record = first.node(0) if victim == "agent" else first.rank(1)
+        os.kill(rundir.read_json(record)["pid"], signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.FINISHED, stderr
+    assert failure_of(stub)["kind"] == kind and rundir.read_json(first.exit)["code"] == ExitCode.STOPPED
+
+
 def test_ctrl_c_in_the_wait_is_heard(stub: Stub) -> None:
     stub.recipe.write_text(stub.recipe.read_text().replace("wait: 0.1s", "wait: 100s"))
     stub.behave("train", "kill")
@@ -157,9 +174,32 @@ def test_a_person_starts_the_count_anew_and_a_requeued_job_goes_on_counting(stub
     root = str(stub.run.root)
     requeued = {**stub.env, "SLURM_RESTART_COUNT": "1"}
     assert stub.speechctl("resume", root, env=requeued).returncode == ExitCode.NO_PROGRESS
-    assert len(stub.run.attempts()) == 4
+    assert len(stub.run.attempts()) == 3, "it is not even started"
+    assert rundir.read_json(stub.run.attempts()[-1].failure) == last
     assert stub.speechctl("resume", root).returncode == ExitCode.NO_PROGRESS
-    assert len(stub.run.attempts()) == 7
+    assert len(stub.run.attempts()) == 6
+
+
+def test_a_host_that_was_lost_and_then_refuses_has_its_job_queued_again(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slurmd was back before its file system: the attempt ended with 3, which the batch script takes for the end,
+    though another node was to take the place."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    value = recipe_file.load(stub.recipe, ["launch.backend=slurm", "launch.nodes=1", "launch.processes=2"])
+    first = stub.attempt()
+    recovery.note(first, "started", sealed=-1, by_hand=True)
+    rundir.write_json(first.failure, Failure("node lost", "lost n1", "resume", host="n1", node_rank=0).to_json())
+    recovery.note(first, "ended", code=76, sealed=10)
+
+    def refuse(attempt: Attempt, node_rank: int, _: Host) -> subprocess.Popen[bytes]:
+        attempt.srun_log(node_rank).write_text("srun: error: n1: task 0: Exited with exit code 127\n")
+        return subprocess.Popen(["false"], stdin=subprocess.PIPE)
+
+    monkeypatch.setitem(BACKENDS, "slurm", refuse)
+    plan = replace(stub.plan(), backend="slurm", hosts=[Host("n1", 2)])
+    assert supervise.to_the_end(stub.run, value, plan, lambda _: None, by_hand=False) == ExitCode.INFRASTRUCTURE
+    assert rundir.read_json(stub.run.attempts()[1].failure)["kind"] == "host refused"
 
 
 def test_a_fresh_start_that_failed_before_it_began_is_fresh_again(stub: Stub) -> None:

@@ -109,6 +109,7 @@ def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:
         from launcher.worker import train
 
         train.run(attempt.root, stop_flag, fresh)
+        marks.mark(marks.END)
         return 0  # torchrun knows only 0 and not 0: the true code is in exit.json
     except BaseException as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
@@ -162,12 +163,20 @@ def failure_code(error: BaseException) -> ExitCode:
     return ExitCode.INFRASTRUCTURE if lost_peer(error) else ExitCode.TRAINING_RAISED
 
 
+LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connectFullMesh failed"),  # gloo
+    *("NCCL communicator was aborted", "ncclRemoteError", "Connection closed by remote peer"),
+    "remote process exited or there was a network error",  # NCCL's own words for ncclRemoteError
+    *("Connection was likely closed", "Failed to recv, got 0 bytes", "Failed to send, got 0 bytes"),  # the store
+    "failed to connect",
+)
+"""What gloo, NCCL and the store say where a peer is gone: they have no type for it."""
+
+
 def lost_peer(error: BaseException) -> bool:
-    """Whether this rank only noticed that another one was gone: gloo, NCCL and the store have no type for it."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
-    return type(error).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError") and any(
-        sign in str(error) for sign in signs
-    )
+    """Whether this rank only noticed that another one was gone."""
+    kinds = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in kinds and any(sign in str(error) for sign in LOST)
 
 
 if __name__ == "__main__":
