@@ -148,7 +148,7 @@ def killed_and_resumed(run: Run, whole: Run, *more: str) -> None:
         "    import time\n"
         "    from launcher import committer\n"
         "    write_hashed = committer.write_hashed\n"
-        "    committer.write_hashed = lambda *rest: (time.sleep(0.1), write_hashed(*rest))[1]\n"
+        "    committer.write_hashed = lambda *rest: (time.sleep(0.3), write_hashed(*rest))[1]\n"
     )
     dice = random.Random(seed(7))
     moments = [["saving", "evaluating", "metrics"][k % 3] for k in range(KILLS)]
