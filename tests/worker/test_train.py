@@ -166,6 +166,8 @@ def killed_and_resumed(run: Run, whole: Run, *more: str) -> None:
 
             def reached(moment: str = moment, attempt: Attempt = attempt, goal: int = goal) -> bool:
                 rows = read_lines(attempt.metrics) if moment == "metrics" else events(attempt, moment)
+                if moment == "saving" and [r["event"] for r in read_lines(attempt.events)][-1:] != ["saving"]:
+                    return False
                 return any(row["step"] >= goal for row in rows) and bool(run.sealed_steps())
 
             wait_for(reached, process)
