@@ -228,7 +228,7 @@ class Node:
             self._listen(0.2)
             if self.asked is None and self.files.over:
                 self.asked = ANOTHER
-            if self.asked is None and lease_s is not None and self.files.unchanged_s() > lease_s:
+            if self.asked is None and lease_s is not None and self.files.unchanged_s > lease_s:
                 self.asked = f"{SILENCE} for {lease_s:g} s"
             if self.asked is not None:
                 self._ask_ranks(torchrun)
@@ -301,24 +301,25 @@ class Files:
         self.stop_requested = False
         self.over = False
         self._lease = b""
-        self._changed = time.monotonic()
+        self.unchanged_s = 0.0
+        """How long the lease has stayed the same. By this machine's monotonic clock, since hosts do not agree on the
+        time, and only as far as somebody was there to say so: a file server may be silent for longer than a lease."""
 
     def follow(self) -> None:
-        self._changed = time.monotonic()
         threading.Thread(target=self._follow, daemon=True).start()
 
-    def unchanged_s(self) -> float:
-        """How long the lease has stayed the same, by this machine's monotonic clock: hosts do not agree on the time."""
-        return time.monotonic() - self._changed
-
     def _follow(self) -> None:
+        looked = time.monotonic()
         while True:
             with contextlib.suppress(OSError):
                 self.stop_requested = self.attempt.run.stop_request.exists()
                 lease = self.attempt.lease.read_bytes()  # opened anew: NFS then asks its server
                 self.over = lease == OVER
                 if lease != self._lease:
-                    self._lease, self._changed = lease, time.monotonic()
+                    self._lease, self.unchanged_s = lease, 0.0
+            now = time.monotonic()
+            self.unchanged_s += min(now - looked, 1.0)
+            looked = now
             time.sleep(0.2)
 
 

@@ -170,15 +170,31 @@ def test_the_launcher_can_ask_for_a_gentle_end_and_for_one_at_once(stub: Stub) -
 def test_a_launcher_that_renews_no_lease_is_taken_for_gone(stub: Stub) -> None:
     """A cable that is out closes no standard input."""
     attempt = stub.attempt(stop_grace_s=100)
-    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 0.8})
-    with node(stub, attempt) as process:
-        for beat in range(20):
-            attempt.lease.write_text(str(beat))
+    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 2})
+    with node(stub, attempt, ranks=0) as process:
+        began, beat = time.monotonic(), 0
+        while time.monotonic() - began < 3 or not attempt.events.exists():
+            attempt.lease.write_text(str(beat := beat + 1))
             time.sleep(0.1)
         assert process.poll() is None
-        assert gone(stub.pids(), within_s=5)
-        assert process.wait(5) == 0
-    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 0.8 s"
+        assert process.wait(20) == 0
+        assert gone(stub.pids(), within_s=0)
+    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 2 s"
+
+
+def test_a_file_server_that_does_not_answer_is_no_launcher_that_is_gone(stub: Stub) -> None:
+    """One that starts again is silent for longer than a lease, and healthy runs were ended by that."""
+    attempt = stub.attempt(stop_grace_s=100)
+    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 1.5})
+    os.mkfifo(attempt.lease)  # who reads it waits
+    with node(stub, attempt) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        with attempt.lease.open("w") as lease:
+            lease.write("1\n")
+        attempt.lease.unlink()
+        assert process.wait(20) == 0
+    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 1.5 s"
 
 
 def test_a_node_that_no_word_reaches_reads_that_the_lease_is_over(stub: Stub) -> None:
