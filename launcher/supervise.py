@@ -310,7 +310,8 @@ def watch(
             remember(attempt, "signal", number=received[acted_on - 1])
             if acted_on == 1:
                 tell({"event": "stopping"})
-                request_stop(attempt.run, f"signal {received[0]} to the launcher")
+                if not attempt.run.stop_request.exists():  # or its reason would be lost
+                    request_stop(attempt.run, f"signal {received[0]} to the launcher")
             else:
                 tell({"event": "killing"})
                 seen = seen or by_force(attempt)
