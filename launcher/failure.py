@@ -136,10 +136,11 @@ def conclude(
 def first_cause(attempt: Attempt, returncodes: Sequence[int], order: Sequence[int]) -> Failure:
     ended = _Ended(attempt, list(returncodes), list(order))
     for rule in (
-        _never_came_up,
+        _first_never_came_up,
         _lost_launcher,
         _first_node,
         _rank,
+        _never_came_up,
         _port,
         _exited,
         _lost_node,
@@ -247,24 +248,33 @@ def read_progress(attempt: Attempt, node_rank: int) -> dict[str, Any]:
 # Rules, the first that answers wins ----------------------------------------------------------------------------------
 
 
+def _first_never_came_up(ended: _Ended) -> Failure | None:
+    return _refused(ended, ended.order[0])
+
+
 def _never_came_up(ended: _Ended) -> Failure | None:
-    for k in ended.order:
-        if k not in ended.nodes and ended.returncodes[k] != 0:
-            if ended.over_ssh:
-                error = ssh.refusal(ended.attempt, k, ended.hosts[k])
-                hint = f"{error.hint}; then `speechctl resume {ended.attempt.run.root}`"
-                return ended.of_node("host refused", k, error.message, hint, ended.attempt.ssh_log(k))
-            if ended.in_job and slurm.lost(ended.attempt, k):
-                return _lost_by_slurm(ended, k)
-            if ended.in_job:
-                error = slurm.refusal(ended.attempt, k, ended.hosts[k])
-                return ended.of_node("host refused", k, error.message, error.hint, ended.attempt.srun_log(k))
-            log = ended.attempt.node_log(k)
-            words = account.last_error(log)
-            if ended.returncodes[k] < 0:
-                words = f"its process was ended by {account.name_of(-ended.returncodes[k])}"
-            return ended.of_node("host refused", k, f"cannot start {ended.node(k)}: {words}", f"read {log} and mend it")
-    return None
+    """Nor did one that was still on its way when another had failed; what we killed then did not refuse."""
+    killed = (0, -signal.SIGKILL)
+    return next((f for k in ended.order if ended.returncodes[k] not in killed and (f := _refused(ended, k))), None)
+
+
+def _refused(ended: _Ended, k: int) -> Failure | None:
+    if k in ended.nodes or ended.returncodes[k] == 0:
+        return None
+    if ended.over_ssh:
+        error = ssh.refusal(ended.attempt, k, ended.hosts[k])
+        hint = f"{error.hint}; then `speechctl resume {ended.attempt.run.root}`"
+        return ended.of_node("host refused", k, error.message, hint, ended.attempt.ssh_log(k))
+    if ended.in_job and slurm.lost(ended.attempt, k):
+        return _lost_by_slurm(ended, k)
+    if ended.in_job:
+        error = slurm.refusal(ended.attempt, k, ended.hosts[k])
+        return ended.of_node("host refused", k, error.message, error.hint, ended.attempt.srun_log(k))
+    log = ended.attempt.node_log(k)
+    words = account.last_error(log)
+    if ended.returncodes[k] < 0:
+        words = f"its process was ended by {account.name_of(-ended.returncodes[k])}"
+    return ended.of_node("host refused", k, f"cannot start {ended.node(k)}: {words}", f"read {log} and mend it")
 
 
 def _first_node(ended: _Ended) -> Failure | None:
@@ -272,7 +282,9 @@ def _first_node(ended: _Ended) -> Failure | None:
     k = ended.order[0]
     if "error" in ended.nodes.get(k, {}):
         error = ended.nodes[k]["error"]
-        return ended.of_node(OF_CODE[ExitCode(error["code"])], k, error["message"], error["hint"])
+        logs = [ended.attempt.node_log(n) for n in dict.fromkeys((error["node_rank"], k))]
+        kind = OF_CODE[ExitCode(error["code"])]
+        return ended.of_node(kind, error["node_rank"], error["message"], error["hint"], *logs)
     return _lost(ended, k)
 
 
@@ -296,11 +308,10 @@ def _lost(ended: _Ended, k: int) -> Failure | None:
         return _lost_by_slurm(ended, k)
     if node is None or returncode == 0:
         return None
-    if ended.over_ssh and returncode == ssh.FAILED and account.text_of(ended.attempt.ssh_log(k)).strip():
+    if ended.over_ssh and returncode == ssh.FAILED and (words := ssh.lost_words(ended.attempt, k)):
         host = ended.host(k)
         hint = f"when `ssh {host} true` works again, {resume(ended.attempt)}"
-        message = f"lost {host}: {ssh.last_words(ended.attempt, k)}"
-        return ended.of_node("node lost", k, message, hint, ended.attempt.ssh_log(k))
+        return ended.of_node("node lost", k, f"lost {host}: {words}", hint, ended.attempt.ssh_log(k))
     if node["returncode"] is None and node["asked"] is None:  # it had no time to say how it ended
         if ended.over_ssh and returncode == ssh.FAILED:  # which is all it says of a process that a signal ended
             message = f"the agent of {ended.node(k)} was ended by a signal, and its ranks with it"

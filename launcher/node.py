@@ -106,6 +106,8 @@ class Node:
         """Why the ranks were asked to end, where they were."""
         self.killed: str | None = None
         """Why this process killed them, where it did."""
+        self.culprit = node_rank
+        """The node that an error of this one is about."""
         self.told: set[int] = set()
         self.silenced: set[int] = set()
         """Ranks that were killed because another one had died."""
@@ -148,7 +150,12 @@ class Node:
                 raise HostError(
                     f"{self.host.name} was told to end before the ranks met", hint="look at the other nodes' logs"
                 )
-        raise HostError(f"node {self.node_rank} found no {self.attempt.rendezvous}", hint="look at the head node's log")
+        self.culprit = 0
+        raise HostError(
+            f"{self.hosts[0].name}, the head node, has not said where the ranks meet: {self.host.name} found no"
+            f" {self.attempt.rendezvous} in {self.env['rendezvous_timeout_s']:g} s",
+            hint=f"look at {self.attempt.node_log(0)}; a node that is only slow has launch.deadlines.start",
+        )
 
     def variables(self, meeting: dict[str, Any]) -> dict[str, str]:
         """The whole environment of the ranks: the attempt's, and what only this machine can say."""
@@ -191,7 +198,8 @@ class Node:
         except SpeechctlError as error:
             print(error.render(), file=sys.stderr)
             message, hint = map(redact.current.text, (error.message, error.hint))
-            self.record["error"] = {"message": message, "hint": hint, "code": int(error.exit_code)}
+            about = {"code": int(error.exit_code), "node_rank": self.culprit}
+            self.record["error"] = {"message": message, "hint": hint, **about}
             redact.finish_output()
             self._write_record(returncode=1)
             return 1

@@ -157,7 +157,7 @@ def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Att
         "address": "127.0.0.1" if plan.backend == "local" else None,
         "lease_s": None if plan.backend == "local" else LEASE_S,
         "rendezvous_id": token_hex(16),
-        "rendezvous_timeout_s": 120,
+        "rendezvous_timeout_s": launch.deadlines.start,
         "stop_grace_s": launch.stop_grace,
         "fresh": fresh,
     }

@@ -291,6 +291,53 @@ def test_nodes_that_were_ended_because_another_failed_are_no_cause(ended: Attemp
     assert verdict(ended)[2] == "the ranks of node 0 on a ended without a word: RuntimeError: no more threads"
 
 
+def over_ssh(attempt: Attempt, *said: str) -> None:
+    for k, words in enumerate(said):
+        attempt.ssh_log(k).write_text(words)
+
+
+def test_a_node_that_failed_first_comes_before_one_that_was_still_on_its_way(ended: Attempt) -> None:
+    """The login to b took long, and we killed it when a had failed: "cannot start a node on b"."""
+    over_ssh(ended, "", "")
+    ended.node(1).unlink()
+    error = {"message": "a shows 1 GPU(s)", "hint": "set slots=1", "code": 4, "node_rank": 0}
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "error": error})
+    for returncode in (-9, 255):
+        assert verdict(ended, 1, returncode, order=(0, 1)) == ("preflight", None, "a shows 1 GPU(s)")
+    assert verdict(ended, 1, 255, order=(1, 0))[0] == "host refused"
+    rundir.write_json(ended.node(0), {"host": "here", **NODE})
+    assert verdict(ended, 1, 255, order=(0, 1))[0] == "host refused"
+    record(ended, 0, 1.0, "boom")
+    assert verdict(ended, 1, 255, order=(0, 1))[0] == "training"
+
+
+def test_the_head_that_was_waited_for_is_named(ended: Attempt) -> None:
+    """The node that had waited for it was blamed, and left out of the next attempts."""
+    error = {"message": "a, the head node, has not said", "hint": "look", "code": 3, "node_rank": 0}
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "error": error})
+    verdict(ended, order=(1, 0))
+    found = rundir.read_json(ended.failure)
+    assert (found["host"], found["node_rank"]) == ("a", 0)
+    assert found["evidence"] == [str(ended.node_log(0)), str(ended.node_log(1))]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("client_loop: send disconnect: Broken pipe", "lost b: {}"),
+        ("Timeout, server b not responding.", "lost b: {}"),
+        ("Connection to b closed by remote host.", "lost b: {}"),
+        ("Read from remote host b: Connection reset by peer", "lost b: {}"),
+        ("** The server may need to be upgraded.", "the agent of node 1 on b was ended by a signal, and its ranks wi"),
+    ],
+)
+def test_a_banner_is_no_sign_of_a_lost_host(ended: Attempt, said: str, message: str) -> None:
+    """Any text in ssh's log made of an agent that was killed "lost b: ** The server may need to be upgraded"."""
+    over_ssh(ended, "", f"Welcome to b\n{said}\nHave a nice day\n")
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": None})
+    assert verdict(ended, 1, 255, order=(1, 0))[2].startswith(message.format(said))
+
+
 def test_torchrun_itself_can_be_killed(ended: Attempt) -> None:
     rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": -9})
     assert verdict(ended, 0, 1) == ("killed", None, "torchrun of node 1 on b was ended by SIGKILL")

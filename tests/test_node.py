@@ -272,8 +272,9 @@ def test_another_node_waits_for_the_head_node_and_says_what_it_waited_for(stub: 
     rundir.write_json(attempt.hosts, [{"name": "a", "slots": 1}, {"name": "b", "slots": 1}])
     head, other = Node(attempt, 0), Node(attempt, 1)
     other.stdin_is_open = False  # it is pytest's
-    with pytest.raises(HostError, match=r"node 1 found no .*rendezvous\.json"):
+    with pytest.raises(HostError, match=r"a, the head node, has not said .*: b found no .*rendezvous\.json in 0\.3 s"):
         other.meet()
+    assert other.culprit == 0, "the one that waited is not to be avoided for that"
     meeting = head.meet()
     assert other.meet() == meeting
     assert 1024 <= meeting["port"] < 65536 and meeting["address"] == "127.0.0.1"
