@@ -20,9 +20,10 @@ from typing import Any
 
 from launcher import environment, hang, memory, ownership, recovery, redact, rundir, secret
 from launcher.backends import BACKENDS
+from launcher.cause import conclude
 from launcher.errors import ExitCode, HostError
 from launcher.events import Follower, Tell
-from launcher.failure import Failure, conclude, read_progress, resume
+from launcher.failure import Failure, read_progress, resume
 from launcher.node import DUMP, END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
 from launcher.plan import Plan
 from launcher.recipe import Recipe

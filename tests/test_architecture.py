@@ -50,6 +50,7 @@ ORDER = (
     "account",
     "verbs",
     "failure",
+    "cause",
     "recovery",
     "hang",
     "events",

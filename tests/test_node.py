@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from launcher import account, failure, rundir
+from launcher import account, cause, rundir
 from launcher.errors import ExitCode, HostError
 from launcher.hosts import Host
 from launcher.marks import VARIABLE
@@ -232,7 +232,7 @@ def test_a_death_is_seen_although_the_other_ranks_hear_nothing(stub: Stub) -> No
     assert record["killed"] is None and record["silenced"] == [rundir.read_json(attempt.rank(0))["pid"]]
     assert account.of_torchrun(attempt.node_log(0)) == [(1, -9), (0, -9)]
     rundir.write_json(attempt.rank_failure(1), {"rank": 1, "time": 1.0, "lost_peer": True, "message": "", "type": ""})
-    assert failure.conclude(attempt, [1]) == 76
+    assert cause.conclude(attempt, [1]) == 76
     assert rundir.read_json(attempt.failure)["rank"] == 1
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher import environment, failure, jobs, rundir
+from launcher import cause, environment, jobs, rundir
 from launcher.backends import slurm
 from launcher.errors import ExitCode, HostError, InfrastructureError, PreflightError, UsageError
 from launcher.recipe_file import RecipeError, load
@@ -455,7 +455,7 @@ def test_a_save_that_outlasts_the_grace_ends_for_what_slurm_wanted(
     rundir.write_json(attempt.hosts, [{"name": "node1", "slots": 1}])
     killed = "a stop was asked for, and launch.stop_grace, 120 s, was over"
     rundir.write_json(attempt.node(0), {"host": "here", "returncode": -9, "asked": None, "killed": killed})
-    failure.conclude(attempt, [1])
+    cause.conclude(attempt, [1])
     assert rundir.read_json(attempt.failure)["kind"] == kind
 
 
@@ -518,7 +518,7 @@ def test_what_srun_says_of_a_node(
         if k == 0 or came_up:
             rundir.write_json(attempt.node(k), {**record, "node_rank": k})
     attempt.srun_log(1).write_text(f"{said}\nsrun: Job step aborted: Waiting up to 7 seconds\n")
-    assert failure.conclude(attempt, [1, returncode], [1, 0]) == code
+    assert cause.conclude(attempt, [1, returncode], [1, 0]) == code
     assert rundir.read_json(attempt.failure)["message"] == message
 
 
