@@ -106,6 +106,8 @@ class Node:
         """Why the ranks were asked to end, where they were."""
         self.killed: str | None = None
         """Why this process killed them, where it did."""
+        self.culprit = node_rank
+        """The node that an error of this one is about."""
         self.told: set[int] = set()
         self.silenced: set[int] = set()
         """Ranks that were killed because another one had died."""
@@ -148,7 +150,12 @@ class Node:
                 raise HostError(
                     f"{self.host.name} was told to end before the ranks met", hint="look at the other nodes' logs"
                 )
-        raise HostError(f"node {self.node_rank} found no {self.attempt.rendezvous}", hint="look at the head node's log")
+        self.culprit = 0
+        raise HostError(
+            f"{self.hosts[0].name}, the head node, has not said where the ranks meet: {self.host.name} found no"
+            f" {self.attempt.rendezvous} in {self.env['rendezvous_timeout_s']:g} s",
+            hint=f"look at {self.attempt.node_log(0)}; a node that is only slow has launch.deadlines.start",
+        )
 
     def variables(self, meeting: dict[str, Any]) -> dict[str, str]:
         """The whole environment of the ranks: the attempt's, and what only this machine can say."""
@@ -191,7 +198,8 @@ class Node:
         except SpeechctlError as error:
             print(error.render(), file=sys.stderr)
             message, hint = map(redact.current.text, (error.message, error.hint))
-            self.record["error"] = {"message": message, "hint": hint, "code": int(error.exit_code)}
+            about = {"code": int(error.exit_code), "node_rank": self.culprit}
+            self.record["error"] = {"message": message, "hint": hint, **about}
             redact.finish_output()
             self._write_record(returncode=1)
             return 1
@@ -228,7 +236,7 @@ class Node:
             self._listen(0.2)
             if self.asked is None and self.files.over:
                 self.asked = ANOTHER
-            if self.asked is None and lease_s is not None and self.files.unchanged_s() > lease_s:
+            if self.asked is None and lease_s is not None and self.files.unchanged_s > lease_s:
                 self.asked = f"{SILENCE} for {lease_s:g} s"
             if self.asked is not None:
                 self._ask_ranks(torchrun)
@@ -301,24 +309,25 @@ class Files:
         self.stop_requested = False
         self.over = False
         self._lease = b""
-        self._changed = time.monotonic()
+        self.unchanged_s = 0.0
+        """How long the lease has stayed the same. By this machine's monotonic clock, since hosts do not agree on the
+        time, and only as far as somebody was there to say so: a file server may be silent for longer than a lease."""
 
     def follow(self) -> None:
-        self._changed = time.monotonic()
         threading.Thread(target=self._follow, daemon=True).start()
 
-    def unchanged_s(self) -> float:
-        """How long the lease has stayed the same, by this machine's monotonic clock: hosts do not agree on the time."""
-        return time.monotonic() - self._changed
-
     def _follow(self) -> None:
+        looked = time.monotonic()
         while True:
             with contextlib.suppress(OSError):
                 self.stop_requested = self.attempt.run.stop_request.exists()
                 lease = self.attempt.lease.read_bytes()  # opened anew: NFS then asks its server
                 self.over = lease == OVER
                 if lease != self._lease:
-                    self._lease, self._changed = lease, time.monotonic()
+                    self._lease, self.unchanged_s = lease, 0.0
+            now = time.monotonic()
+            self.unchanged_s += min(now - looked, 1.0)
+            looked = now
             time.sleep(0.2)
 
 

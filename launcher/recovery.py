@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher import failure, rundir
-from launcher.failure import Failure
+from launcher import cause, rundir
+from launcher.failure import Failure, resume
 from launcher.hosts import Host
 from launcher.recipe_launch import Relaunch
 from launcher.rundir import Attempt, Run
@@ -94,7 +94,7 @@ def exhausted(run: Run, relaunch: Relaunch) -> Failure | None:
     attempt = run.attempts()[tried[-1].number - 1]
     value = rundir.read_json(attempt.failure)
     message = f"attempt {attempt.number} was stopped before it had sealed a new step"
-    last = Failure("time limit", message, failure.resume(attempt)) if value is None else Failure.from_json(value)
+    last = Failure("time limit", message, resume(attempt)) if value is None else Failure.from_json(value)
     return last if last.kind == "no progress" else no_progress(run, last, in_vain)
 
 
@@ -124,7 +124,7 @@ def past(run: Run) -> list[Past]:
 def settle(run: Run) -> None:
     """Conclude the attempts that a lost launcher left open. The caller holds the run's lock."""
     for attempt in run.attempts():
-        if (lost := failure.of_lost_launcher(attempt)) is not None:
+        if (lost := cause.of_lost_launcher(attempt)) is not None:
             rundir.write_json(attempt.failure, lost.to_json())
             rows = rundir.read_lines(attempt.supervisor)
             if any(r["event"] == "started" for r in rows) and not any(r["event"] == "ended" for r in rows):

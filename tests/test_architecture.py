@@ -53,6 +53,7 @@ ORDER = (
     "account",
     "verbs",
     "failure",
+    "cause",
     "recovery",
     "hang",
     "events",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher import failure, rundir
+from launcher import cause, rundir
 from launcher.errors import ExitCode
 from launcher.failure import KINDS, Failure
 from launcher.node import SILENCE, STOP
@@ -37,7 +37,7 @@ def ended(tmp_path: Path) -> Attempt:
 
 
 def verdict(attempt: Attempt, *returncodes: int, order: tuple[int, ...] = (0, 1)) -> tuple[str, int | None, str]:
-    code = failure.conclude(attempt, returncodes or (1, 1), order)
+    code = cause.conclude(attempt, returncodes or (1, 1), order)
     found = rundir.read_json(attempt.failure)
     assert found["code"] == code == KINDS[found["kind"]][0] and found["hint"] and found["evidence"]
     assert Failure.from_json(found).to_json() == found
@@ -54,7 +54,7 @@ def test_exit_json_is_the_truth_once_it_is_there(ended: Attempt, code: int, retu
     ended.run.stop_request.parent.mkdir()
     ended.run.stop_request.touch()
     rundir.write_json(ended.exit, {"code": code, "step": 5, "sealed_step": 5})
-    assert failure.conclude(ended, [returncode]) == code
+    assert cause.conclude(ended, [returncode]) == code
     assert not ended.failure.exists()
 
 
@@ -66,7 +66,7 @@ def test_ranks_that_sealed_because_a_node_was_lost_are_not_a_stop(ended: Attempt
     ended.failure.unlink()
     ended.run.stop_request.parent.mkdir()
     ended.run.stop_request.touch()
-    assert failure.conclude(ended, [0, -9], (1, 0)) == ExitCode.STOPPED, "here somebody had asked"
+    assert cause.conclude(ended, [0, -9], (1, 0)) == ExitCode.STOPPED, "here somebody had asked"
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_ranks_that_sealed_though_nobody_asked_for_a_stop_go_on(
     ended.failure.unlink()
     ended.srun_log(0).touch()
     if kind != "launcher lost":
-        assert failure.conclude(ended, [0, 0]) == ExitCode.STOPPED, "the batch script has such a job queued again"
+        assert cause.conclude(ended, [0, 0]) == ExitCode.STOPPED, "the batch script has such a job queued again"
     ended.srun_log(0).unlink()
     rundir.write_json(ended.node(0), {"host": "here", **NODE, "returncode": 0, "asked": STOP})
-    assert failure.conclude(ended, [0, 0]) == ExitCode.STOPPED, "it was asked for, and the file is gone since"
+    assert cause.conclude(ended, [0, 0]) == ExitCode.STOPPED, "it was asked for, and the file is gone since"
 
 
 @pytest.mark.parametrize("returncode", [0, 1, -9, 127])
@@ -291,6 +291,53 @@ def test_nodes_that_were_ended_because_another_failed_are_no_cause(ended: Attemp
     assert verdict(ended)[2] == "the ranks of node 0 on a ended without a word: RuntimeError: no more threads"
 
 
+def over_ssh(attempt: Attempt, *said: str) -> None:
+    for k, words in enumerate(said):
+        attempt.ssh_log(k).write_text(words)
+
+
+def test_a_node_that_failed_first_comes_before_one_that_was_still_on_its_way(ended: Attempt) -> None:
+    """The login to b took long, and we killed it when a had failed: "cannot start a node on b"."""
+    over_ssh(ended, "", "")
+    ended.node(1).unlink()
+    error = {"message": "a shows 1 GPU(s)", "hint": "set slots=1", "code": 4, "node_rank": 0}
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "error": error})
+    for returncode in (-9, 255):
+        assert verdict(ended, 1, returncode, order=(0, 1)) == ("preflight", None, "a shows 1 GPU(s)")
+    assert verdict(ended, 1, 255, order=(1, 0))[0] == "host refused"
+    rundir.write_json(ended.node(0), {"host": "here", **NODE})
+    assert verdict(ended, 1, 255, order=(0, 1))[0] == "host refused"
+    record(ended, 0, 1.0, "boom")
+    assert verdict(ended, 1, 255, order=(0, 1))[0] == "training"
+
+
+def test_the_head_that_was_waited_for_is_named(ended: Attempt) -> None:
+    """The node that had waited for it was blamed, and left out of the next attempts."""
+    error = {"message": "a, the head node, has not said", "hint": "look", "code": 3, "node_rank": 0}
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "error": error})
+    verdict(ended, order=(1, 0))
+    found = rundir.read_json(ended.failure)
+    assert (found["host"], found["node_rank"]) == ("a", 0)
+    assert found["evidence"] == [str(ended.node_log(0)), str(ended.node_log(1))]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("client_loop: send disconnect: Broken pipe", "lost b: {}"),
+        ("Timeout, server b not responding.", "lost b: {}"),
+        ("Connection to b closed by remote host.", "lost b: {}"),
+        ("Read from remote host b: Connection reset by peer", "lost b: {}"),
+        ("** The server may need to be upgraded.", "the agent of node 1 on b was ended by a signal, and its ranks wi"),
+    ],
+)
+def test_a_banner_is_no_sign_of_a_lost_host(ended: Attempt, said: str, message: str) -> None:
+    """Any text in ssh's log made of an agent that was killed "lost b: ** The server may need to be upgraded"."""
+    over_ssh(ended, "", f"Welcome to b\n{said}\nHave a nice day\n")
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": None})
+    assert verdict(ended, 1, 255, order=(1, 0))[2].startswith(message.format(said))
+
+
 def test_torchrun_itself_can_be_killed(ended: Attempt) -> None:
     rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": -9})
     assert verdict(ended, 0, 1) == ("killed", None, "torchrun of node 1 on b was ended by SIGKILL")
@@ -326,13 +373,13 @@ def test_memory_that_ran_out_is_told_from_other_kills(ended: Attempt) -> None:
 
 
 def test_a_lost_launcher_is_told_from_an_end_that_somebody_asked_for(ended: Attempt) -> None:
-    lost = failure.of_lost_launcher(ended)
+    lost = cause.of_lost_launcher(ended)
     assert lost is not None and (lost.kind, lost.code) == ("launcher lost", ExitCode.INFRASTRUCTURE)
     assert lost.message == "the launcher of attempt 1 went away without a word"
     rundir.write_json(ended.exit, {"code": 75, "step": 5, "sealed_step": 5})
-    assert failure.of_lost_launcher(ended) is None
+    assert cause.of_lost_launcher(ended) is None
     rundir.write_json(ended.node(0), {"host": "here", **NODE, "asked": "the launcher went away"})
-    lost = failure.of_lost_launcher(ended)
+    lost = cause.of_lost_launcher(ended)
     assert lost is not None and lost.message.endswith("; its ranks sealed step 5 and ended")
     rundir.write_json(ended.failure, lost.to_json())
-    assert failure.of_lost_launcher(ended) is None
+    assert cause.of_lost_launcher(ended) is None

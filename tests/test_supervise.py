@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -230,6 +232,21 @@ def test_ranks_that_a_lost_launcher_left_are_waited_for(stub: Stub) -> None:
     assert failure_of(stub)["kind"] == "launcher lost"
 
 
+def test_they_are_waited_for_as_long_as_they_may_take(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a network they first have to miss their launcher. A resume began while they held the GPUs' memory."""
+    monkeypatch.setattr(supervise, "LEASE_S", 0.5)
+    monkeypatch.setattr(supervise, "TO_BE_KILLED_S", 0.3)
+    attempt = stub.attempt()
+    with attempt.alive.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        began = time.monotonic()
+        assert supervise.wait_for_the_last(stub.run, 0.2, [])
+        assert time.monotonic() - began >= 1
+        assert not supervise.wait_for_the_last(stub.run, 100, [signal.SIGINT]), "Ctrl-C is heard meanwhile"
+        stub.run.stop_request.touch()
+        assert not supervise.wait_for_the_last(stub.run, 100, [])
+
+
 # Failures -------------------------------------------------------------------------------------------------------------
 
 
@@ -333,3 +350,24 @@ def test_each_line_is_told_once_and_only_when_it_is_whole(stub: Stub) -> None:
     follow.once()
     follow.once()
     assert [row["time"] for row in told] == [1.0, 3.0, 2.0]
+
+
+def test_one_bad_answer_of_the_file_server_is_not_worth_a_run(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single ESTALE while the launcher read what rank 0 reports ended a healthy run with 70."""
+    told: list[dict[str, Any]] = []
+    attempt = stub.attempt()
+    follow = Follower(attempt, told.append)
+    for row in ({"step": 1, "time": 1.0}, {"step": 2}, {"time": None}):
+        rundir.append_line(attempt.metrics, row)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", stale)
+        patch.setattr(rundir, "append_line", stale)
+        follow.once()
+        supervise.remember(attempt, "node ended", node=0)
+        assert told == []
+    follow.once()
+    assert [row["step"] for row in told] == [1]
+
+
+def stale(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")
