@@ -59,6 +59,11 @@ class Job:
         """Whether it waits, runs or is still ending."""
         return self.state not in ENDED and self.state != UNKNOWN
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known to do nothing any more."""
+        return self.state in ENDED or (self.state == UNKNOWN and self.reason.startswith(FORGOTTEN))
+
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "is_there": self.is_there}
 
