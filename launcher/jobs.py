@@ -131,7 +131,11 @@ def _hint(words: str) -> str:
 def current(run: Run) -> Job | None:
     """The last job of this run, as SLURM has it now; None where it never had one."""
     ids = sorted((p.stem.removeprefix("job-") for p in run.slurm.glob("job-*.json")), key=lambda x: (len(x), x))
-    return None if not ids else look_up(ids[-1], (rundir.read_json(_record(run, ids[-1])) or {}).get("folder"))
+    return _look_up(run, ids[-1]) if ids else None
+
+
+def _look_up(run: Run, job: str) -> Job:
+    return look_up(job, (rundir.read_json(_record(run, job)) or {}).get("folder"))
 
 
 def look_up(job: str, folder: str | None = None) -> Job:
@@ -267,19 +271,34 @@ def _record(run: Run, job: str) -> Path:
 
 class LockInJob(RunLock):
     """The run's lock for a job. SLURM starts another life of a job when it has lost the host of the one before, where
-    that may still be ending; then this one is to come again, not to fail.
+    that may still be ending; then this one is to come again, not to fail, but not for ever: it holds its nodes.
 
     Raises:
         InfrastructureError: on entry, when another process still holds it.
+        UsageError: the same, and it is another job that is there, or this one has come `LIVES` times for it.
     """
 
     PATIENCE_S = 60
+    LIVES = 3
 
     def __enter__(self) -> RunLock:
+        job = os.environ.get("SLURM_JOB_ID", "")
         try:
-            return super().__enter__()
+            lock = super().__enter__()
         except UsageError as error:
+            if not job:
+                raise
+            other = (rundir.holder(self.run) or {}).get("job")
+            record = record_here(self.run)
+            record["came"] = record.get("came", 0) + 1
+            rundir.write_json(_record(self.run, job), record)
+            if record["came"] >= self.LIVES or (other not in (None, job) and _look_up(self.run, other).is_there):
+                raise
             raise InfrastructureError(error.message, hint=error.hint) from error
+        record = rundir.read_json(_record(self.run, job)) or {}
+        if record.pop("came", 0):
+            rundir.write_json(_record(self.run, job), record)
+        return lock
 
 
 def is_inside(run: Run) -> bool:
@@ -311,13 +330,20 @@ def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:
             f"{run.root} was launched for {len(plan.hosts)} nodes; job {job} has {len(found)}: {names}",
             hint=f"sbatch --nodes={len(plan.hosts)}; another number of ranks cannot take over a run yet",
         )
+    record_here(run)
+    return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
+
+
+def record_here(run: Run) -> dict[str, Any]:
+    """What is recorded of the job that this process runs in; of one that was submitted by hand that begins here."""
+    job = os.environ["SLURM_JOB_ID"]
     run.slurm.mkdir(exist_ok=True)
-    if not _record(run, job).exists():  # submitted by hand
+    if not _record(run, job).exists():
         said = ask(["squeue", "--noheader", f"--jobs={job}", "--format=%x|%Z"]).stdout.strip()
         excluded, _, folder = said.replace("(null)", "").partition("|")
         facts = {"time": time.time(), "argv": None, "exclude": excluded or None, "folder": folder or None}
         rundir.write_json(_record(run, job), {"job": job, **facts})
-    return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
+    return dict(rundir.read_json(_record(run, job)))
 
 
 def has_begun(run: Run) -> bool:

@@ -518,12 +518,38 @@ def test_what_srun_says_of_a_node(
     assert rundir.read_json(attempt.failure)["message"] == message
 
 
-def test_a_job_comes_again_where_the_run_is_still_in_use(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_comes_again_where_the_run_is_still_in_use(
+    stub: Stub, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own life before may still be ending. But a second job on a run, or one that found it in use for ever, held
+    its nodes for a minute, was queued again, and so on without end."""
     stub.run.root.mkdir(parents=True)
+    monkeypatch.setenv("PATH", stub.env["PATH"])
     monkeypatch.setattr(jobs.LockInJob, "PATIENCE_S", 0.1)
-    with (
-        RunLock(stub.run, "the life before"),
-        pytest.raises(InfrastructureError, match="in use by `the life before`"),
-        jobs.LockInJob(stub.run, "this life"),
-    ):
-        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+
+    def enter() -> None:
+        with jobs.LockInJob(stub.run, "this life"):
+            pass
+
+    fakes.answer("squeue", out=f"(null)|{stub.run.root}\n")
+    for _ in range(2):
+        with RunLock(stub.run, "the life before"):
+            for _ in range(2):
+                with pytest.raises(InfrastructureError, match="in use by `the life before`"):
+                    enter()
+        enter()  # and it counts anew
+    assert rundir.read_json(stub.run.slurm / "job-12.json")["exclude"] is None
+    with RunLock(stub.run, "a life that does not end"):
+        for error in (InfrastructureError, InfrastructureError, UsageError):
+            with pytest.raises(error, match="in use by"):
+                enter()
+    enter()
+    fakes.answer("squeue", out=f"RUNNING|None|{stub.run.root}\n")
+    with RunLock(stub.run, "the first job"):
+        monkeypatch.setenv("SLURM_JOB_ID", "13")
+        with pytest.raises(UsageError, match="in use by `the first job`"):
+            enter()
+        fakes.answer("squeue", out=f"COMPLETED|None|{stub.run.root}\n")
+        with pytest.raises(InfrastructureError, match="in use by `the first job`"):
+            enter()
