@@ -354,24 +354,47 @@ def has_begun(run: Run) -> bool:
 
 
 def leave_exclusions(run: Run, recipe: Recipe) -> None:
-    """Say which hosts the job's next life is to keep away from, where train.sbatch looks for it. That this fails is no
-    reason for the attempt to end in another way."""
+    """Say which hosts the job's next life is to keep away from, where train.sbatch looks for it; also that there are
+    none any more, where it was told of some. That this fails is no reason for the attempt to end in another way."""
     with suppress(SpeechctlError):
         own = (rundir.read_json(_record(run, os.environ["SLURM_JOB_ID"])) or {}).get("exclude")
-        names = spared(run, recipe)
-        text = ",".join(filter(None, [own, *names])) if names else ""
-        rundir.write_bytes(run.slurm / "exclude", text.encode())
+        names, told = spared(run, recipe), run.slurm / "exclude"
+        if names or told.exists():
+            rundir.write_bytes(told, ",".join(filter(None, [own, *names])).encode())
 
 
 def spared(run: Run, recipe: Recipe) -> list[str]:
-    """Hosts at which something failed not long ago, as far as there are enough others: a job that cannot have its
-    nodes would wait for ever."""
-    avoided = list(rundir.avoided(run))
+    """Hosts at which something failed not long ago, as far as there are enough others that can take their place: a job
+    that cannot have its nodes would wait for ever."""
+    avoided = rundir.avoided(run)
     if not avoided or recipe.launch.nodes == "auto":
         return []
-    where = [f"--partition={recipe.launch.slurm.partition}"] if recipe.launch.slurm.partition else []
-    said = ask(["sinfo", "--noheader", "--Node", "--responding", "--states=idle,alloc,mix,comp", "--format=%N", *where])
-    left = set(said.stdout.split()) - set(avoided)
+    # By its default partition, where neither the recipe nor a job says one.
+    partition = recipe.launch.slurm.partition or (os.environ.get("SLURM_JOB_PARTITION") if is_inside(run) else None)
+    where = [f"--partition={partition}"] if partition else []
+    said = ask(["sinfo", "--noheader", "--Node", "--format=%N|%P|%t|%c|%m|%G|%f", *where])
+    rows = [line.split("|", 6) for line in said.stdout.splitlines() if line.count("|") >= 6]
+    nodes = {row[0]: _Kind(*row[2:]) for row in rows if partition or row[1].endswith("*")}
+    there = [name for name in avoided if name in nodes]  # sbatch refuses a name that it does not know
+    left = {n for n, kind in nodes.items() if any(kind.can_replace(nodes[name]) for name in there)} - set(there)
     with suppress(UsageError):  # it may be the name of a file
         left -= set(expand_nodelist(recipe.launch.slurm.exclude or ""))
-    return avoided if said.returncode == 0 and len(left) >= recipe.launch.nodes else []
+    return there if said.returncode == 0 and len(left) >= recipe.launch.nodes else []
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What sinfo says of a node."""
+
+    state: str
+    processors: str
+    megabytes: str
+    gres: str
+    features: str
+
+    def can_replace(self, other: _Kind) -> bool:
+        """Whether a job that could run there can run here, whatever it asks for."""
+        same = (self.processors, self.gres, self.features) == (other.processors, other.gres, other.features)
+        # Without `*`, which is for a node that does not answer; `~` is one that saves power.
+        usable = re.fullmatch(r"(idle|alloc|mix|comp)[~#+]?", self.state) is not None
+        return usable and same and float(self.megabytes.rstrip("+")) >= 0.9 * float(other.megabytes.rstrip("+"))
