@@ -39,7 +39,7 @@ host which all connections go through."""
 LOGIN_S = 3.0
 """After so long a login is not waited for any more: it has succeeded, or the host is slow or dead."""
 
-CROWDED = "banner exchange|kex_exchange_identification|Connection (reset|closed)"
+CROWDED = "kex_exchange_identification|Connection (reset|closed)"
 """How ssh says that an sshd let it go before it had looked at the key."""
 
 FAILED = 255
@@ -122,7 +122,7 @@ TROUBLES = (
     ),
     Trouble(
         "no answer of sshd",
-        CROWDED,
+        f"banner exchange|{CROWDED}",
         "the machine is reached and its sshd does not answer: it is frozen, overloaded or full (MaxStartups)",
     ),
     Trouble("refused", "Connection refused", "start sshd on {name}, or give its port with port=… in the hostfile"),

@@ -53,6 +53,10 @@ def program() -> bytes:
     return f"{len(text)}\n".encode() + text
 
 
+AGAIN_S = 3.0
+"""What another try must have, or it would end without a reason."""
+
+
 class Unanswered(Exception):
     """No answer, or one that says what went wrong. Its text is for people."""
 
@@ -109,7 +113,7 @@ class Session:
                 raise
             except Unanswered:
                 crowded = self.process is not None and re.search(ssh.CROWDED, self.said()) is not None
-                if not crowded or pause_s is None or time.monotonic() + pause_s > until:
+                if not crowded or pause_s is None or time.monotonic() + pause_s + AGAIN_S > until:
                     raise
                 time.sleep(pause_s)
                 self._end()
