@@ -292,7 +292,9 @@ class LockInJob(RunLock):
             record = record_here(self.run)
             record["came"] = record.get("came", 0) + 1
             rundir.write_json(_record(self.run, job), record)
-            if record["came"] >= self.LIVES or (other not in (None, job) and _look_up(self.run, other).is_there):
+            if record["came"] >= self.LIVES or (
+                other is not None and other != job and _look_up(self.run, other).is_there
+            ):
                 raise
             raise InfrastructureError(error.message, hint=error.hint) from error
         record = rundir.read_json(_record(self.run, job)) or {}
