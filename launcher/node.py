@@ -73,7 +73,6 @@ def torchrun_argv(
         f"--nnodes={len(hosts)}",
         f"--nproc-per-node={hosts[node_rank].slots}",
         "--rdzv-backend=speechctl",  # launcher/worker/meeting.py
-        f"--rdzv-id={meeting['id']}",
         f"--rdzv-endpoint={meeting['address']}:{meeting['port']}",
         f"--rdzv-conf=rank={node_rank}" + ("" if listening is None else f",listening={listening}"),
         "--max-restarts=0",
@@ -143,6 +142,7 @@ class Node:
         variables = environment.on_node(self.env["variables"], self.host, self.env["device"]) | self.vitals.variables
         interface = interface_to(meeting["address"])
         self.record |= {"address": meeting["address"], "interface": interface}
+        variables["PET_RDZV_ID"] = meeting["id"]  # torchrun's --rdzv-id: all users of a machine see a command line
         if interface is not None:  # gloo would otherwise take what the host's own name resolves to
             variables.setdefault("GLOO_SOCKET_IFNAME", interface)
         print(

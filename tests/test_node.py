@@ -37,7 +37,6 @@ def test_torchrun_is_told_everything_by_arguments_that_hold_no_value_of_the_reci
         "--nnodes=2",
         "--nproc-per-node=3",
         "--rdzv-backend=speechctl",
-        "--rdzv-id=0f",
         "--rdzv-endpoint=10.0.0.1:29500",
         "--rdzv-conf=rank=1",
         "--max-restarts=0",
@@ -79,7 +78,9 @@ def test_torchrun_gets_the_variables_of_the_attempt_and_no_others(stub: Stub) ->
     assert seen["cwd"] == str(attempt.root)
     marks = {VARIABLE: seen["variables"].get(VARIABLE, "")}
     assert re.fullmatch(rf"/proc/{process.pid}/fd/\d+", marks[VARIABLE])
-    assert seen["variables"] == {**rundir.read_json(attempt.env)["variables"], **marks, **lc_ctype(seen["variables"])}
+    given = rundir.read_json(attempt.env)["variables"] | {"PET_RDZV_ID": meeting["id"]}
+    assert seen["variables"] == {**given, **marks, **lc_ctype(seen["variables"])}
+    assert not [word for word in seen["argv"] if meeting["id"] in word], "all users of a machine see a command line"
     assert attempt.rendezvous.stat().st_mode & 0o777 == 0o600
     record = rundir.read_json(attempt.node(0))
     assert (record["returncode"], record["asked"], record["killed"]) == (0, None, None)
