@@ -11,12 +11,17 @@ import sys
 import time
 from typing import Any
 
-from launcher import logs, report, rundir, ui, views
+from launcher import jobs, logs, report, rundir, ui, views
 from launcher.errors import ExitCode, InfrastructureError, UsageError
 from launcher.events import Follower
 from launcher.rundir import Run
 
 POLL_S = 0.2
+ASK_S = 5.0
+"""Between questions to SLURM."""
+
+ON_ITS_NODES = ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING")
+"""A job that begins or ends: there is nothing to wait for yet, or any more, that is worth a word."""
 
 LEFT = 130
 """The exit code of one that was following and was told to leave by Ctrl-C: the run has not ended with it."""
@@ -40,19 +45,17 @@ def print_logs(run: Run, selection: logs.Selection, view: logs.View, *, follow: 
 
 
 def attach(run: Run) -> int:
-    """Print what the launcher of a running run prints, until nobody has the run any more; then how it ended.
+    """Print what the launcher of a running run prints, until nobody has the run any more and no job of it is there;
+    then how it ended.
 
     Returns:
         What `launch` ends with.
     """
     value = report.read(run)
     try:
-        if value.state == "created" and value.jobs:
-            ui.say(f"waiting for job {value.jobs[-1]['id']} to begin; Ctrl-C leaves it in the queue")
-            while rundir.holder(run) is None and not run.attempts():
-                time.sleep(POLL_S)
-        if rundir.holder(run) is not None:
-            follow_attempts(run, ui.Progress(value.max_steps))
+        held, last = rundir.holder(run) is not None, 0
+        while held or wait_for_job(run):
+            last, held = follow_attempts(run, ui.Progress(value.max_steps), last), False
     except KeyboardInterrupt:
         root = shlex.quote(str(run.root))
         ui.say(f"\nleft {run.root} to itself: `speechctl attach {root}` comes back, `speechctl stop {root}` ends it")
@@ -60,10 +63,39 @@ def attach(run: Run) -> int:
     return tell_end(run)
 
 
-def follow_attempts(run: Run, progress: ui.Progress) -> None:
-    """What the ranks report, attempt after attempt, until nobody has the run any more."""
+def wait_for_job(run: Run) -> bool:
+    """Until a launcher has the run again; False: none will, as far as SLURM knows."""
+    told = ""
+    while rundir.holder(run) is None:
+        value = report.read(run)
+        comes_again = value.exit_code in (None, ExitCode.STOPPED, ExitCode.INFRASTRUCTURE)
+        job = jobs.current(run) if comes_again else None
+        if job is None:
+            return False
+        if job.is_gone and not value.attempts:
+            ui.say(f"job {job} is over and did not begin with the run; its log is {value.jobs[-1]['log']}")
+        if job.is_gone or not (job.is_there or job.reason == jobs.UNREACHABLE or not value.attempts):
+            return False
+        quiet = job.state in ON_ITS_NODES and told == ""
+        if not quiet and job.state != told:
+            ui.say(f"waiting for job {job}; Ctrl-C leaves it alone")
+        told = job.state
+        until = time.monotonic() + (1 if quiet else ASK_S)
+        while time.monotonic() < until and rundir.holder(run) is None:
+            time.sleep(POLL_S)
+    return True
+
+
+def follow_attempts(run: Run, progress: ui.Progress, number: int = 0) -> int:
+    """What the ranks report, attempt after attempt, until nobody has the run any more.
+
+    Args:
+        number: of the last attempt that was followed already.
+
+    Returns:
+        that of the last one now.
+    """
     follower: Follower | None = None
-    number = 0
     while True:
         held = rundir.holder(run) is not None  # asked first: what was written before the end is read after it
         attempts = run.attempts()
@@ -85,7 +117,7 @@ def follow_attempts(run: Run, progress: ui.Progress) -> None:
         if follower is not None:
             follower.once()
         if not held:
-            return
+            return number
         time.sleep(POLL_S)
 
 

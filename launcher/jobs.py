@@ -59,6 +59,11 @@ class Job:
         """Whether it waits, runs or is still ending."""
         return self.state not in ENDED and self.state != UNKNOWN
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known to do nothing any more."""
+        return self.state in ENDED or (self.state == UNKNOWN and self.reason.startswith(FORGOTTEN))
+
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "is_there": self.is_there}
 
@@ -126,7 +131,11 @@ def _hint(words: str) -> str:
 def current(run: Run) -> Job | None:
     """The last job of this run, as SLURM has it now; None where it never had one."""
     ids = sorted((p.stem.removeprefix("job-") for p in run.slurm.glob("job-*.json")), key=lambda x: (len(x), x))
-    return None if not ids else look_up(ids[-1], (rundir.read_json(_record(run, ids[-1])) or {}).get("folder"))
+    return _look_up(run, ids[-1]) if ids else None
+
+
+def _look_up(run: Run, job: str) -> Job:
+    return look_up(job, (rundir.read_json(_record(run, job)) or {}).get("folder"))
 
 
 def look_up(job: str, folder: str | None = None) -> Job:
@@ -262,19 +271,36 @@ def _record(run: Run, job: str) -> Path:
 
 class LockInJob(RunLock):
     """The run's lock for a job. SLURM starts another life of a job when it has lost the host of the one before, where
-    that may still be ending; then this one is to come again, not to fail.
+    that may still be ending; then this one is to come again, not to fail, but not for ever: it holds its nodes.
 
     Raises:
         InfrastructureError: on entry, when another process still holds it.
+        UsageError: the same, and it is another job that is there, or this one has come `LIVES` times for it.
     """
 
     PATIENCE_S = 60
+    LIVES = 3
 
     def __enter__(self) -> RunLock:
+        job = os.environ.get("SLURM_JOB_ID", "")
         try:
-            return super().__enter__()
+            lock = super().__enter__()
         except UsageError as error:
+            if not job:
+                raise
+            other = (rundir.holder(self.run) or {}).get("job")
+            record = record_here(self.run)
+            record["came"] = record.get("came", 0) + 1
+            rundir.write_json(_record(self.run, job), record)
+            if record["came"] >= self.LIVES or (
+                other is not None and other != job and _look_up(self.run, other).is_there
+            ):
+                raise
             raise InfrastructureError(error.message, hint=error.hint) from error
+        record = rundir.read_json(_record(self.run, job)) or {}
+        if record.pop("came", 0):
+            rundir.write_json(_record(self.run, job), record)
+        return lock
 
 
 def is_inside(run: Run) -> bool:
@@ -306,13 +332,20 @@ def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:
             f"{run.root} was launched for {len(plan.hosts)} nodes; job {job} has {len(found)}: {names}",
             hint=f"sbatch --nodes={len(plan.hosts)}; another number of ranks cannot take over a run yet",
         )
+    record_here(run)
+    return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
+
+
+def record_here(run: Run) -> dict[str, Any]:
+    """What is recorded of the job that this process runs in; of one that was submitted by hand that begins here."""
+    job = os.environ["SLURM_JOB_ID"]
     run.slurm.mkdir(exist_ok=True)
-    if not _record(run, job).exists():  # submitted by hand
+    if not _record(run, job).exists():
         said = ask(["squeue", "--noheader", f"--jobs={job}", "--format=%x|%Z"]).stdout.strip()
         excluded, _, folder = said.replace("(null)", "").partition("|")
         facts = {"time": time.time(), "argv": None, "exclude": excluded or None, "folder": folder or None}
         rundir.write_json(_record(run, job), {"job": job, **facts})
-    return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
+    return dict(rundir.read_json(_record(run, job)))
 
 
 def has_begun(run: Run) -> bool:
@@ -323,24 +356,47 @@ def has_begun(run: Run) -> bool:
 
 
 def leave_exclusions(run: Run, recipe: Recipe) -> None:
-    """Say which hosts the job's next life is to keep away from, where train.sbatch looks for it. That this fails is no
-    reason for the attempt to end in another way."""
+    """Say which hosts the job's next life is to keep away from, where train.sbatch looks for it; also that there are
+    none any more, where it was told of some. That this fails is no reason for the attempt to end in another way."""
     with suppress(SpeechctlError):
         own = (rundir.read_json(_record(run, os.environ["SLURM_JOB_ID"])) or {}).get("exclude")
-        names = spared(run, recipe)
-        text = ",".join(filter(None, [own, *names])) if names else ""
-        rundir.write_bytes(run.slurm / "exclude", text.encode())
+        names, told = spared(run, recipe), run.slurm / "exclude"
+        if names or told.exists():
+            rundir.write_bytes(told, ",".join(filter(None, [own, *names])).encode())
 
 
 def spared(run: Run, recipe: Recipe) -> list[str]:
-    """Hosts at which something failed not long ago, as far as there are enough others: a job that cannot have its
-    nodes would wait for ever."""
-    avoided = list(rundir.avoided(run))
+    """Hosts at which something failed not long ago, as far as there are enough others that can take their place: a job
+    that cannot have its nodes would wait for ever."""
+    avoided = rundir.avoided(run)
     if not avoided or recipe.launch.nodes == "auto":
         return []
-    where = [f"--partition={recipe.launch.slurm.partition}"] if recipe.launch.slurm.partition else []
-    said = ask(["sinfo", "--noheader", "--Node", "--responding", "--states=idle,alloc,mix,comp", "--format=%N", *where])
-    left = set(said.stdout.split()) - set(avoided)
+    # By its default partition, where neither the recipe nor a job says one.
+    partition = recipe.launch.slurm.partition or (os.environ.get("SLURM_JOB_PARTITION") if is_inside(run) else None)
+    where = [f"--partition={partition}"] if partition else []
+    said = ask(["sinfo", "--noheader", "--Node", "--format=%N|%P|%t|%c|%m|%G|%f", *where])
+    rows = [line.split("|", 6) for line in said.stdout.splitlines() if line.count("|") >= 6]
+    nodes = {row[0]: _Kind(*row[2:]) for row in rows if partition or row[1].endswith("*")}
+    there = [name for name in avoided if name in nodes]  # sbatch refuses a name that it does not know
+    left = {n for n, kind in nodes.items() if any(kind.can_replace(nodes[name]) for name in there)} - set(there)
     with suppress(UsageError):  # it may be the name of a file
         left -= set(expand_nodelist(recipe.launch.slurm.exclude or ""))
-    return avoided if said.returncode == 0 and len(left) >= recipe.launch.nodes else []
+    return there if said.returncode == 0 and len(left) >= recipe.launch.nodes else []
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What sinfo says of a node."""
+
+    state: str
+    processors: str
+    megabytes: str
+    gres: str
+    features: str
+
+    def can_replace(self, other: _Kind) -> bool:
+        """Whether a job that could run there can run here, whatever it asks for."""
+        same = (self.processors, self.gres, self.features) == (other.processors, other.gres, other.features)
+        # Without `*`, which is for a node that does not answer; `~` is one that saves power.
+        usable = re.fullmatch(r"(idle|alloc|mix|comp)[~#+]?", self.state) is not None
+        return usable and same and float(self.megabytes.rstrip("+")) >= 0.9 * float(other.megabytes.rstrip("+"))

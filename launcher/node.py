@@ -83,7 +83,6 @@ def torchrun_argv(
         f"--nnodes={len(hosts)}",
         f"--nproc-per-node={hosts[node_rank].slots}",
         "--rdzv-backend=speechctl",  # launcher/worker/meeting.py
-        f"--rdzv-id={meeting['id']}",
         f"--rdzv-endpoint={meeting['address']}:{meeting['port']}",
         f"--rdzv-conf=rank={node_rank}" + ("" if listening is None else f",listening={listening}"),
         "--max-restarts=0",
@@ -162,6 +161,7 @@ class Node:
         variables = environment.on_node(self.env["variables"], self.host, self.env["device"]) | self.vitals.variables
         interface = interface_to(meeting["address"])
         self.record |= {"address": meeting["address"], "interface": interface}
+        variables["PET_RDZV_ID"] = meeting["id"]  # torchrun's --rdzv-id: all users of a machine see a command line
         if interface is not None:  # gloo would otherwise take what the host's own name resolves to
             variables.setdefault("GLOO_SOCKET_IFNAME", interface)
         print(
@@ -343,15 +343,31 @@ def head_address(hosts: Sequence[Host]) -> str:
     if len(hosts) == 1:
         return "127.0.0.1"
     hint = f"give it in the hostfile, at the line of the head node: {head.name} slots={head.slots} address=…"
+    if "SLURM_JOB_ID" in os.environ:  # there is no hostfile
+        hint = f"have /etc/hosts on {head.name} give it the address at which {hosts[1].name} reaches it"
     try:
         found = socket.getaddrinfo(head.name, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise HostError(f"{head.name} cannot resolve its own name: {error.strerror}", hint=hint) from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     reached = [a for a in addresses if not ipaddress.ip_address(a.partition("%")[0]).is_loopback]
+    if not reached and "SLURM_JOB_ID" in os.environ and (way := _address_toward(hosts[1].name)) is not None:
+        return way  # Debian's installer writes `127.0.1.1 NAME`
     if not reached:
         raise HostError(f"on {head.name}, its own name means {addresses[0]}, where no other host reaches it", hint=hint)
     return next((a for a in reached if ":" not in a), reached[0])
+
+
+def _address_toward(name: str) -> str | None:
+    """This machine's address on the way to another host, or None where that is not told or is loopback."""
+    try:
+        family, _, _, _, there = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(there)  # sends nothing
+            ours = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(ours.partition("%")[0]).is_loopback else ours
 
 
 def interface_to(address: str) -> str | None:

@@ -33,6 +33,9 @@ it any more; to kill it with those who could is to lose what they said last."""
 USERINFO = re.compile(r"://([^/?#\s@:]*(?::[^/?#\s]*)?)@")
 """In a URL: who logs in, and as a rule with what password."""
 
+LOGIN = re.compile(r"^([^/@\s:]+:[^/@\s]+)@")
+"""The same in a URL without its scheme, as the address of a proxy may be given."""
+
 
 class Redactor:
     """Knows some values and hides them. Without any it changes nothing."""
@@ -104,7 +107,7 @@ class Redactor:
 def parts(value: str) -> list[str]:
     """The value; its lines, since logs put something before each; and the password in it, if it is a URL."""
     found = [value, *(line for line in re.split(r"[\r\n]+", value) if len(line) >= 8)]
-    for userinfo in USERINFO.findall(value):
+    for userinfo in (*USERINFO.findall(value), *LOGIN.findall(value)):
         user, colon, password = userinfo.partition(":")
         login = [password, userinfo] if colon else [user] * (len(user) >= 8)
         found += [*login, *map(unquote, login)]

@@ -454,6 +454,7 @@ class RunLock:
         for request in (self.run.stop_request, self.run.save_request):
             request.unlink(missing_ok=True)
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": self.command}
+        who |= {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
         text = json.dumps(who).encode()
         try:
             with storage_errors(self.run.lock):  # over the name of the holder before, which has its room on a full disk

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import IO
 
 from launcher.errors import HostError, PreflightError, UsageError
-from launcher.redact import MIN_LENGTH, NAMES, USERINFO, forms
+from launcher.redact import LOGIN, MIN_LENGTH, NAMES, USERINFO, forms
 
 MAX_BYTES = 2**15
 """Of all values together: a pipe takes them while nobody reads it yet."""
@@ -34,7 +34,9 @@ SOUNDS_SECRET = re.compile(
 def implied(name: str, value: str) -> bool:
     """Whether a variable looks like a secret though nobody said so. What is shorter than eight characters is a switch,
     such as HF_HUB_DISABLE_IMPLICIT_TOKEN=1."""
-    return USERINFO.search(value) is not None or (SOUNDS_SECRET.fullmatch(name) is not None and len(value) >= 8)
+    if USERINFO.search(value) is not None or (name.lower().endswith("_proxy") and LOGIN.search(value) is not None):
+        return True
+    return SOUNDS_SECRET.fullmatch(name) is not None and len(value) >= 8
 
 
 def sources(entries: Iterable[str]) -> dict[str, str | None]:

@@ -235,12 +235,54 @@ def test_what_was_before_is_told_in_a_few_lines(stub: Stub) -> None:
 def test_a_job_in_the_queue_is_waited_for(stub: Stub) -> None:
     run = made_run(stub.run.root, "created")
     submitted(run)
+    squeue_says(stub, "PENDING|Priority")
     with stub.start(*stub.command, "attach", "stub") as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == "waiting for job 1234 to begin; Ctrl-C leaves it in the queue\n"
+        assert process.stderr.readline() == "waiting for job 1234 PENDING (Priority); Ctrl-C leaves it alone\n"
         with held(run, "speechctl supervise"):
             attempt = run.new_attempt()
             rundir.append_line(attempt.events, {"event": "stopped", "step": 5, "time": 1.0})
             assert process.stderr.readline() == "step 5: stopped, and sealed\n"
             rundir.write_json(attempt.exit, {"code": 75, "step": 5, "sealed_step": 5})
+            squeue_says(stub, "COMPLETED|None")
         assert process.wait(20) == ExitCode.STOPPED
+
+
+def squeue_says(stub: Stub, text: str) -> None:
+    folder = stub.root / "squeue"
+    folder.mkdir(exist_ok=True)
+    (folder / "said").write_text(f"{text}\n")
+    (folder / "squeue").write_text(f"#!/bin/sh\nexec cat '{folder}/said'\n")
+    (folder / "squeue").chmod(0o755)
+    stub.env["PATH"] = f"{folder}:{os.environ['PATH']}"
+
+
+def test_a_job_that_is_gone_is_not_waited_for(stub: Stub) -> None:
+    """`attach` waited for ever for a job that was cancelled while it was in the queue."""
+    run = made_run(stub.run.root, "created")
+    submitted(run)
+    squeue_says(stub, "CANCELLED|None")
+    done = stub.speechctl("attach", "stub")
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.startswith(
+        f"job 1234 CANCELLED is over and did not begin with the run; its log is {run.slurm / 'job-1234.log'}\n"
+        f"error: {run.root} is not running, and never was\n"
+    )
+
+
+def test_between_two_lives_of_a_job_it_is_waited_for(stub: Stub) -> None:
+    """At the time limit the run was said to be stopped on request, and whoever watched it was sent away, though its job
+    was in the queue again."""
+    run = made_run(stub.run.root, "stopped")
+    submitted(run)
+    squeue_says(stub, "RUNNING|None")
+    with stub.start(*stub.command, "attach", "stub") as process:
+        assert process.stderr is not None
+        squeue_says(stub, "PENDING|BeginTime")
+        assert process.stderr.readline() == "waiting for job 1234 PENDING (BeginTime); Ctrl-C leaves it alone\n"
+        with held(run, "speechctl resume"):
+            attempt = run.new_attempt()
+            rundir.append_line(attempt.events, {"event": "stopped", "step": 5, "time": 1.0})
+            assert process.stderr.readline() == "step 5: stopped, and sealed\n"
+            rundir.write_json(attempt.exit, {"code": 0, "step": 6, "sealed_step": 6})
+        assert process.wait(20) == ExitCode.FINISHED

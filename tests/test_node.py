@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher import account, cause, rundir
@@ -35,7 +37,6 @@ def test_torchrun_is_told_everything_by_arguments_that_hold_no_value_of_the_reci
         "--nnodes=2",
         "--nproc-per-node=3",
         "--rdzv-backend=speechctl",
-        "--rdzv-id=0f",
         "--rdzv-endpoint=10.0.0.1:29500",
         "--rdzv-conf=rank=1",
         "--max-restarts=0",
@@ -77,7 +78,9 @@ def test_torchrun_gets_the_variables_of_the_attempt_and_no_others(stub: Stub) ->
     assert seen["cwd"] == str(attempt.root)
     marks = {VARIABLE: seen["variables"].get(VARIABLE, "")}
     assert re.fullmatch(rf"/proc/{process.pid}/fd/\d+", marks[VARIABLE])
-    assert seen["variables"] == {**rundir.read_json(attempt.env)["variables"], **marks, **lc_ctype(seen["variables"])}
+    given = rundir.read_json(attempt.env)["variables"] | {"PET_RDZV_ID": meeting["id"]}
+    assert seen["variables"] == {**given, **marks, **lc_ctype(seen["variables"])}
+    assert not [word for word in seen["argv"] if meeting["id"] in word], "all users of a machine see a command line"
     assert attempt.rendezvous.stat().st_mode & 0o777 == 0o600
     record = rundir.read_json(attempt.node(0))
     assert (record["returncode"], record["asked"], record["killed"]) == (0, None, None)
@@ -303,6 +306,19 @@ def test_a_head_that_others_cannot_reach_says_so(name: str, complaint: str) -> N
     with pytest.raises(HostError, match=complaint) as caught:
         head_address([Host(name, 2), Host("b", 2)])
     assert f"{name} slots=2 address=" in caught.value.hint
+
+
+def test_in_a_job_the_head_is_where_it_has_the_way_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Debian's `127.0.1.1 NAME` a job on several nodes was told to edit a hostfile, and SLURM has none."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with pytest.raises(HostError, match="where no other host reaches it") as caught:
+        head_address([Host("localhost", 2), Host("127.0.0.1", 2)])
+    assert caught.value.hint == "have /etc/hosts on localhost give it the address at which 127.0.0.1 reaches it"
+    found = [a.address for some in psutil.net_if_addrs().values() for a in some if a.family == socket.AF_INET]
+    ours = next((a for a in found if not a.startswith("127.")), None)
+    if ours is None:
+        pytest.skip("this machine has no network")
+    assert head_address([Host("localhost", 2), Host(ours, 2)]) == ours
 
 
 def test_the_interface_is_the_one_with_the_way() -> None:

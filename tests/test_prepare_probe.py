@@ -9,21 +9,23 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.backends import slurm, ssh
 from launcher.hosts import Host
-from launcher.prepare import session
+from launcher.prepare import mend, session
 from launcher.prepare.findings import Findings, Seen
 from launcher.prepare.judge import judge
 from launcher.probe.facts import FACTS
+from launcher.rundir import Run
 from tests.faults.cells import small_cgroup
 from tests.test_prepare import GIB, NEEDS
-
-__all__ = ["small_cgroup"]
+from tests.test_rundir import held
 
 
 def needs_here(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -64,9 +66,15 @@ def test_the_probe_tells_of_this_machine(probe: session.Session, tmp_path: Path)
     assert list((tmp_path / "runs").iterdir()) == [], "what it wrote to try, it removed"
 
 
-def test_memory_is_what_the_way_in_leaves(small_cgroup: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def group() -> Iterator[Path]:
+    with small_cgroup() as made:
+        yield made
+
+
+def test_memory_is_what_the_way_in_leaves(group: Path, tmp_path: Path) -> None:
     """SLURM and containers give less than the machine has: the ranks' own group, or one above it, says how much."""
-    inner = small_cgroup / "step"
+    inner = group / "step"
     inner.mkdir()
     script = f'echo $$ >"{inner}/cgroup.procs" && exec "$0" "$@"'
     made = session.Session(Host("localhost", 1), ["sh", "-c", script, *session.here_argv()])
@@ -107,6 +115,48 @@ def test_what_hangs_is_left_behind_and_named(probe: session.Session, tmp_path: P
     assert probe.ask("clock", time.monotonic() + 5) == pytest.approx(time.time(), abs=5)
 
 
+AGENT = """
+import signal, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", RANK, "-m", "launcher.worker", "train", *sys.argv[-1:]])
+def seal(*_):
+    time.sleep(4)
+    if rank.poll() is not None:
+        sys.exit("the rank was ended meanwhile")
+    rank.terminate()
+    sys.exit(rank.wait() + signal.SIGTERM)
+signal.signal(signal.SIGTERM, seal)
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+RANK = "import time; time.sleep(60)"
+
+
+def test_ranks_that_are_sealing_are_let(probe: session.Session, tmp_path: Path) -> None:
+    """`prepare --fix` sent SIGTERM to the ranks as well, and three seconds later SIGKILL: in the middle of a seal. And
+    a run that somebody had resumed since the look lost its ranks."""
+    attempt = tmp_path / "runs" / "a" / "attempts" / "0001"
+    argv = [sys.executable, "-c", f"RANK = {RANK!r}{AGENT}", "-m", "launcher.node", str(attempt)]
+    run = Run(tmp_path / "runs" / "a")
+    run.root.mkdir(parents=True)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as agent:
+        assert agent.stdout is not None
+        rank = int(agent.stdout.readline())
+        try:
+            needs = dataclasses.replace(NEEDS, run=str(run.root), stop_grace_s=30.0)
+            found = asked(probe, "leftovers", needs_here(tmp_path))["value"]["processes"]
+            assert sorted(p["pid"] for p in found) == sorted([agent.pid, rank])
+            with held(run, "speechctl resume"):
+                assert mend.end(probe, needs, found) == "ended nothing: the run is under way by now"
+            assert agent.poll() is None and psutil.pid_exists(rank)
+            assert mend.end(probe, needs, found).startswith("ended pid ")
+            assert agent.wait(20) == 0, "it had the time that it needs, and was not killed"
+            assert not psutil.pid_exists(rank)
+        finally:
+            for pid in (agent.pid, rank):
+                if psutil.pid_exists(pid):
+                    os.kill(pid, 9)
+
+
 def test_only_what_a_run_left_is_found_and_ended(probe: session.Session, tmp_path: Path) -> None:
     """A rank of the run, and beside it what must never be touched: a rank of another run, and a reader of a file."""
     run = tmp_path / "runs" / "a"
@@ -124,9 +174,9 @@ def test_only_what_a_run_left_is_found_and_ended(probe: session.Session, tmp_pat
         assert [p["pid"] for p in found] == [started["rank"].pid]
         until = time.monotonic() + 20
         before = [{**found[0], "started": found[0]["started"] - 1}]  # a pid that has been given away since
-        assert probe.ask("end_processes", until, processes=before) == []
+        assert probe.ask("end_processes", until, processes=before, grace_s=3) == []
         assert started["rank"].poll() is None
-        assert probe.ask("end_processes", until, processes=found) == [started["rank"].pid]
+        assert probe.ask("end_processes", until, processes=found, grace_s=3) == [started["rank"].pid]
         assert started["rank"].wait(10) == -15
         assert started["other run"].poll() is None and started["reader"].poll() is None
     finally:

@@ -184,3 +184,9 @@ def test_without_secrets_there_is_no_process(tmp_path: Path) -> None:
     env = {**os.environ, "VALUE": ""}
     done = subprocess.run([sys.executable, "-c", PROGRAM, "exit"], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.startswith("filter None\nout hunter22\n")
+
+
+def test_a_password_is_hidden_in_a_url_without_its_scheme_too() -> None:
+    assert (
+        Redactor(["me:hunter22@proxy:3128"]).text("proxy says 407 to me, hunter22") == "proxy says 407 to me, [secret]"
+    )

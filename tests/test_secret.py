@@ -214,6 +214,9 @@ def test_all_that_is_missing_is_said_at_once() -> None:
         ("HF_TOKENIZERS", "whatever it is", False),
         ("https_proxy", "http://proxy:3128", False),
         ("https_proxy", "http://me:pw@proxy:3128", True),
+        ("http_proxy", "me:hunter22@proxy:3128", True),  # curl takes that too, and it went to every host in the clear
+        ("HTTPS_PROXY", "proxy:3128", False),
+        ("NCCL_SOCKET_IFNAME", "=eth0:1@x", False),
         ("ALL_PROXY", "socks5h://token@proxy", True),
         ("HF_ENDPOINT", "https://mirror/path@x?a=b@c", False),
         ("PATH", "/usr/bin:/home/me@work/bin", False),

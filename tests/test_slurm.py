@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -484,6 +485,40 @@ def test_a_save_that_outlasts_the_grace_ends_for_what_slurm_wanted(
 def test_the_next_life_keeps_away_from_hosts(inside: Inside) -> None:
     assert inside.go("echo -n 'gpu[01,03]' >slurm/exclude; exit 76").returncode == 76
     assert inside.asked == ["requeue 7", "update JobId=7 ExcNodeList=gpu[01,03]"]
+    (inside.root / "asked").unlink()
+    assert inside.go("echo -n >slurm/exclude; exit 76").returncode == 76
+    assert inside.asked == ["requeue 7", "update JobId=7 ExcNodeList="], "and gives them back"
+
+
+def test_a_host_is_let_back_and_only_avoided_where_others_can_take_its_place(
+    stub: Stub, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was excluded once stayed so for all lives of the job; and nodes without a GPU, or of another partition,
+    counted as others: the job was to do without nodes that it cannot do without, and waited for ever."""
+    monkeypatch.setenv("PATH", stub.env["PATH"])
+    for name in [n for n in os.environ if n.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    run, recipe = stub.run, load(stub.recipe)  # two nodes
+    run.slurm.mkdir(parents=True)
+    gpus = [f"gpu{k}|main*|{state}|64|500000|gpu:h100:8(S:0-1)|ib" for k, state in enumerate(("down*", "idle", "mix"))]
+    others = [f"cpu{k}|main*|idle|64|500000|(null)|ib\nlow{k}|low|idle|64|500000|gpu:h100:8(S:0-1)|ib" for k in (0, 1)]
+    other_gpus = ["a100|main*|idle|64|500000|gpu:a100:8|ib", "down|main*|idle*|64|500000|gpu:h100:8(S:0-1)|ib"]
+    rundir.append_line(run.avoided, {"host": "gpu0", "until": time.time() + 60})
+    rundir.append_line(run.avoided, {"host": "gone", "until": time.time() + 60})
+    fakes.answer("sinfo", out="\n".join([*gpus[:2], *others, *other_gpus]))
+    assert jobs.spared(run, recipe) == [], "there is one other node of that kind"
+    fakes.answer("sinfo", out="\n".join([*gpus, *others, *other_gpus]))
+    assert jobs.spared(run, recipe) == ["gpu0"], "what SLURM does not know it would refuse"
+    assert fakes.asked("sinfo")[-1]["argv"][-1].startswith("--format=")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "main")
+    rundir.write_json(run.slurm / "job-12.json", {"job": "12", "time": 1.0, "argv": [], "exclude": "bad[1-2]"})
+    jobs.leave_exclusions(run, recipe)
+    assert fakes.asked("sinfo")[-1]["argv"][-1] == "--partition=main"
+    assert (run.slurm / "exclude").read_text() == "bad[1-2],gpu0"
+    run.avoided.unlink()
+    jobs.leave_exclusions(run, recipe)
+    assert (run.slurm / "exclude").read_text() == "bad[1-2]"
 
 
 def test_a_requeue_that_is_refused_says_what_to_type(inside: Inside) -> None:
@@ -544,12 +579,38 @@ def test_what_srun_says_of_a_node(
     assert rundir.read_json(attempt.failure)["message"] == message
 
 
-def test_a_job_comes_again_where_the_run_is_still_in_use(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_comes_again_where_the_run_is_still_in_use(
+    stub: Stub, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own life before may still be ending. But a second job on a run, or one that found it in use for ever, held
+    its nodes for a minute, was queued again, and so on without end."""
     stub.run.root.mkdir(parents=True)
+    monkeypatch.setenv("PATH", stub.env["PATH"])
     monkeypatch.setattr(jobs.LockInJob, "PATIENCE_S", 0.1)
-    with (
-        RunLock(stub.run, "the life before"),
-        pytest.raises(InfrastructureError, match="in use by `the life before`"),
-        jobs.LockInJob(stub.run, "this life"),
-    ):
-        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+
+    def enter() -> None:
+        with jobs.LockInJob(stub.run, "this life"):
+            pass
+
+    fakes.answer("squeue", out=f"(null)|{stub.run.root}\n")
+    for _ in range(2):
+        with RunLock(stub.run, "the life before"):
+            for _ in range(2):
+                with pytest.raises(InfrastructureError, match="in use by `the life before`"):
+                    enter()
+        enter()  # and it counts anew
+    assert rundir.read_json(stub.run.slurm / "job-12.json")["exclude"] is None
+    with RunLock(stub.run, "a life that does not end"):
+        for error in (InfrastructureError, InfrastructureError, UsageError):
+            with pytest.raises(error, match="in use by"):
+                enter()
+    enter()
+    fakes.answer("squeue", out=f"RUNNING|None|{stub.run.root}\n")
+    with RunLock(stub.run, "the first job"):
+        monkeypatch.setenv("SLURM_JOB_ID", "13")
+        with pytest.raises(UsageError, match="in use by `the first job`"):
+            enter()
+        fakes.answer("squeue", out=f"COMPLETED|None|{stub.run.root}\n")
+        with pytest.raises(InfrastructureError, match="in use by `the first job`"):
+            enter()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from launcher import environment, recipe_file, rundir
 from launcher.backends import ssh
 from launcher.errors import ExitCode, PreflightError, UsageError
 from launcher.hosts import Host
+from launcher.prepare.session import Session, Unanswered, here_argv
 from launcher.recipe_file import RecipeError
 from launcher.rundir import Attempt, Run
 from tests.conftest import RECIPE, Stub, gone, simulated_python
@@ -85,6 +88,50 @@ def test_ssh_is_called_so_that_it_fails_closed(tmp_path: Path) -> None:
         f"bash {tmp_path}/attempts/0003/node.sh 1",
     ]
     assert ssh.argv(attempt, 0, Host("2001:db8::1", 8))[-3:-1] == ["--", "2001:db8::1"]
+
+
+def test_not_more_logins_at_once_than_sshd_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sixteen behind one jump host some were dropped by its sshd, and one such ended the launch."""
+    fake = tmp_path / "ssh"
+    fake.write_text("#!/bin/sh\nexec cat\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(ssh, "LOGIN_S", 60.0)
+    run = Run(tmp_path / "run")
+    run.root.mkdir()
+    made = run.new_attempt()
+    nodes = [ssh.start(made, k, Host(f"gpu-{k}", 1)) for k in range(ssh.AT_ONCE)]
+    try:
+        for k, seen in ((8, lambda: made.node(3).touch()), (9, nodes[5].kill)):
+            timer = threading.Timer(0.5, seen)
+            timer.start()
+            nodes.append(ssh.start(made, k, Host(f"gpu-{k}", 1)))
+            assert timer.finished.is_set(), "it waited until one was in, or had ended"
+        monkeypatch.setattr(ssh, "LOGIN_S", 0.2)
+        nodes.append(ssh.start(made, 10, Host("gpu-10", 1)))  # those that take long are not waited for
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()
+
+
+def test_a_look_that_a_crowded_sshd_drops_is_tried_again(tmp_path: Path) -> None:
+    """`prepare` of many hosts behind one jump host called some of them dead that were well."""
+    count, closed = tmp_path / "count", "kex_exchange_identification: Connection closed by remote host"
+    script = f'echo >>"$0"; [ "$(wc -l <"$0")" -ge "$1" ] && exec "${{@:2}}"; echo "{closed}" >&2; exit 255'
+    session = Session(Host("gpu-1", 1), ["bash", "-c", script, str(count), "3", *here_argv()])
+    try:
+        assert session.connect(time.monotonic() + 30)["python"].startswith("3.")
+        assert session.said() == "" and count.read_text() == "\n" * 3
+    finally:
+        session.close()
+    session = Session(Host("gpu-1", 1), ["bash", "-c", script, str(count), "9"])
+    try:
+        with pytest.raises(Unanswered, match="Connection closed"):
+            session.connect(time.monotonic() + 30)
+        assert count.read_text() == "\n" * 7, "four tries in all"
+    finally:
+        session.close()
 
 
 def test_a_run_on_two_hosts(two_hosts: Stub) -> None:

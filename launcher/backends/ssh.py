@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import time
+from pathlib import Path
 from typing import NamedTuple
 
 from launcher.errors import HostError
@@ -30,6 +32,15 @@ OPTIONS = {
     "ControlPath": "none",
     "LogLevel": "INFO",  # the user may have it quiet, and then no reason is given
 }
+
+AT_ONCE = 8
+"""How many logins are under way at once: sshd drops some of more than ten (MaxStartups), and so does that of the one
+host which all connections go through."""
+LOGIN_S = 3.0
+"""After so long a login is not waited for any more: it has succeeded, or the host is slow or dead."""
+
+CROWDED = "kex_exchange_identification|Connection (reset|closed)"
+"""How ssh says that an sshd let it go before it had looked at the key."""
 
 FAILED = 255
 """ssh's own exit code, where it could not connect or lost the connection."""
@@ -55,13 +66,29 @@ def start(attempt: Attempt, node_rank: int, host: Host) -> subprocess.Popen[byte
     Raises:
         HostError: there is no ssh here.
     """
+    _wait_for_a_turn()
     with attempt.ssh_log(node_rank).open("ab") as log:
         try:
-            return subprocess.Popen(
+            ssh = subprocess.Popen(
                 argv(attempt, node_rank, host), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )
         except OSError as error:
             raise HostError(f"cannot start ssh: {error.strerror}", hint="install OpenSSH's client here") from error
+    _logins.append((ssh, attempt.node(node_rank), time.monotonic()))
+    return ssh
+
+
+_logins: list[tuple[subprocess.Popen[bytes], Path, float]] = []
+"""Those that may be under way: the process, the record by which it is known to be in, and since when."""
+
+
+def _wait_for_a_turn() -> None:
+    while True:
+        late = time.monotonic() - LOGIN_S
+        _logins[:] = [one for one in _logins if one[2] > late and one[0].poll() is None and not one[1].exists()]
+        if len(_logins) < AT_ONCE:
+            return
+        time.sleep(0.05)
 
 
 def last_words(attempt: Attempt, node_rank: int) -> str:
@@ -109,7 +136,7 @@ TROUBLES = (
     ),
     Trouble(
         "no answer of sshd",
-        "banner exchange|kex_exchange_identification|Connection (reset|closed)",
+        f"banner exchange|{CROWDED}",
         "the machine is reached and its sshd does not answer: it is frozen, overloaded or full (MaxStartups)",
     ),
     Trouble("refused", "Connection refused", "start sshd on {name}, or give its port with port=… in the hostfile"),

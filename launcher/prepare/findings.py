@@ -42,6 +42,8 @@ class Needs:
     """What ranks have in their environment, but for the secrets."""
     secrets: tuple[str, ...] = ()
     """Variables whose values go to no host."""
+    stop_grace_s: float = 3.0
+    """How long ranks may take to seal."""
 
     def for_host(self, rank: int) -> dict[str, Any]:
         """What the probe there is told. The head meets all, the others the head and the next in a ring."""

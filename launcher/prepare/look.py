@@ -61,6 +61,7 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
         interface_names=tuple((name, value) for name, value in interfaces if value),
         variables=environment.rank_variables(recipe.launch.backend, 1, recipe.launch.device, hidden),
         secrets=hidden,
+        stop_grace_s=recipe.launch.stop_grace,
     )
 
 

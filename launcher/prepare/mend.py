@@ -14,14 +14,16 @@ import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import launcher
-from launcher import secret, verbs
+from launcher import rundir, secret, verbs
 from launcher.prepare.checks import Check, several
 from launcher.prepare.findings import Needs
 from launcher.prepare.look import Crew
 from launcher.prepare.session import Session, Unanswered
 from launcher.redact import Redactor
+from launcher.rundir import Run
 
 MINUTES_S = 1800.0
 """For an environment to be installed: gigabytes, over whatever network there is."""
@@ -38,13 +40,22 @@ def mend(crew: Crew, checks: list[Check]) -> list[str]:
                 gone = session.ask("remove_segments", time.monotonic() + 10, segments=left["segments"])
                 done.append(f"{seen.name}: removed {several(gone) if gone else 'nothing'} from /dev/shm")
             if ("orphans", seen.name) in red:
-                ended = session.ask("end_processes", time.monotonic() + 15, processes=left["processes"])
-                done.append(f"{seen.name}: ended {several([f'pid {p}' for p in ended]) if ended else 'nothing'}")
+                done.append(f"{seen.name}: {end(session, crew.needs, left['processes'])}")
             if {("interpreter", seen.name), ("packages", seen.name)} & red:
                 done.append(f"{seen.name}: {environment(session, sys.prefix, pins())}")
         except Unanswered as error:
             done.append(f"{seen.name}: could not be mended: {error}")
     return done
+
+
+def end(session: Session, needs: Needs, processes: list[dict[str, Any]]) -> str:
+    """End what a run has left, unless somebody has started it meanwhile: those may be its ranks now."""
+    if rundir.holder(Run(needs.run)) is not None:
+        return "ended nothing: the run is under way by now"
+    grace_s = needs.stop_grace_s
+    until = time.monotonic() + grace_s + 15
+    ended = session.ask("end_processes", until, processes=processes, grace_s=grace_s)
+    return f"ended {several([f'pid {p}' for p in ended]) if ended else 'nothing'}"
 
 
 def _here(needs: Needs, red: set[tuple[str, str]]) -> Iterator[str]:

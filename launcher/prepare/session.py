@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import select
 import subprocess
 import sys
@@ -51,6 +53,10 @@ def program() -> bytes:
     return f"{len(text)}\n".encode() + text
 
 
+AGAIN_S = 3.0
+"""What another try must have, or it would end without a reason."""
+
+
 class Unanswered(Exception):
     """No answer, or one that says what went wrong. Its text is for people."""
 
@@ -71,6 +77,7 @@ class Session:
             env: of the command here, where it is not to be ours.
         """
         self.host = host
+        self.argv, self.env = argv, env
         self.began = time.monotonic()
         self.answered_s: float | None = None
         """How long it took until the first answer."""
@@ -79,24 +86,41 @@ class Session:
         """What came on standard output and was not of the probe."""
         self.buffer = b""
         self.count = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self._open()
+
+    def _open(self) -> None:
         pipe = subprocess.PIPE
         try:
-            self.process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                argv, stdin=pipe, stdout=pipe, stderr=self.errors, start_new_session=True, env=env
+            self.process = subprocess.Popen(
+                self.argv, stdin=pipe, stdout=pipe, stderr=self.errors, start_new_session=True, env=self.env
             )
         except OSError as error:
-            self.process = None
-            self.errors.write(f"cannot start {argv[0]}: {error.strerror}\n".encode())
+            self.errors.write(f"cannot start {self.argv[0]}: {error.strerror}\n".encode())
             return
         for stream in (self.process.stdin, self.process.stdout):
             os.set_blocking(stream.fileno(), False)  # type: ignore[union-attr]
 
     def connect(self, until: float) -> dict[str, Any]:
-        """Send the probe and wait for its first word."""
-        self._write(program(), until)
-        hello: dict[str, Any] = self._answer(0, until)
-        self.answered_s = time.monotonic() - self.began
-        return hello
+        """Send the probe and wait for its first word; again where an sshd let us go because too many came at once."""
+        for pause_s in (*(random.uniform(0.3, most) for most in (1.0, 2.0, 3.0)), None):
+            try:
+                self._write(program(), until)
+                hello: dict[str, Any] = self._answer(0, until)
+                self.answered_s = time.monotonic() - self.began
+                return hello
+            except Silent:
+                raise
+            except Unanswered:
+                crowded = self.process is not None and re.search(ssh.CROWDED, self.said()) is not None
+                if not crowded or pause_s is None or time.monotonic() + pause_s + AGAIN_S > until:
+                    raise
+                time.sleep(pause_s)
+                self._end()
+                self.buffer = b""
+                self.errors.truncate(0)
+                self._open()
+        raise AssertionError("not reached")
 
     def ask(self, do: str, until: float, **values: Any) -> Any:
         """
@@ -130,17 +154,20 @@ class Session:
 
     def close(self) -> None:
         """End it. What hangs is not waited for."""
-        if self.process is None:
-            self.errors.close()
+        self._end()
+        self.errors.close()
+
+    def _end(self) -> None:
+        process, self.process = self.process, None
+        if process is None:
             return
-        for stream in (self.process.stdin, self.process.stdout):
+        for stream in (process.stdin, process.stdout):
             with suppress(OSError):
                 stream.close()  # type: ignore[union-attr]
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(1)
-        self.process.kill()
-        self.process.wait()
-        self.errors.close()
+            process.wait(1)
+        process.kill()
+        process.wait()
 
     def _write(self, data: bytes, until: float) -> None:
         if self.process is None or self.process.stdin is None:

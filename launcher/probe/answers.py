@@ -151,16 +151,18 @@ def remove_segments(request: dict[str, Any]) -> list[str]:
 
 
 def end_processes(request: dict[str, Any]) -> list[int]:
-    """Of the processes named, those that are the same still: SIGTERM, and for the deaf SIGKILL."""
+    """Of the processes named, those that are the same still. SIGTERM for the agent, which has its ranks seal what they
+    have; for all, where there is none. SIGKILL for what is left after `grace_s`."""
 
     def left() -> list[int]:
         return [p["pid"] for p in request["processes"] if machine.started(p["pid"]) == p["started"]]
 
     living = left()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in left():
+    agents = [pid for pid in living if "launcher.node" in machine.words(pid)]
+    for number, grace_s in ((signal.SIGTERM, request["grace_s"]), (signal.SIGKILL, 3.0)):
+        for pid in (agents or left()) if number == signal.SIGTERM else left():
             machine.send(pid, number)
-        until = time.monotonic() + 3
+        until = time.monotonic() + grace_s
         while left() and time.monotonic() < until:
             time.sleep(0.05)
     return sorted(set(living) - set(left()))

@@ -44,7 +44,7 @@ def test_two_nodes_meet_at_one_address(tmp_path: Path) -> None:
     door.bind(("127.0.0.1", 0))
     door.listen(16)
     meeting = {"address": "127.0.0.1", "port": door.getsockname()[1], "id": "0f"}
-    env = {**os.environ, **environment.base_variables(2, "cpu"), "GLOO_SOCKET_IFNAME": "lo"}
+    env = {**os.environ, **environment.base_variables(2, "cpu"), "GLOO_SOCKET_IFNAME": "lo", "PET_RDZV_ID": "0f"}
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
     nodes = []
     for k in range(2):
