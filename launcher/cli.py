@@ -413,6 +413,22 @@ def why(
 
 
 @app.command()
+def audit(run: RunPath, as_json: AsJson = False) -> None:
+    """Prove that sealed work saw each utterance of each epoch exactly once.
+
+    Follows what every rank wrote down, over all attempts and numbers of ranks. Exit codes: 0 it is so, 5 it is not, and
+    the first place where it is not is named.
+    """
+    from launcher import audit as audits
+    from launcher import ui
+    from launcher.rundir import Run
+
+    value = audits.audit(Run(run))
+    ui.answer(json.dumps(value.to_json(), indent=1) if as_json else "\n".join(value.lines()))
+    value.complain()
+
+
+@app.command()
 def logs(
     run: RunPath,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until the run ends.")] = False,

@@ -41,6 +41,7 @@ ORDER = (
     "plan",
     "new_run",
     "report",
+    "audit",
     "logs",
     "why",
     "vitals",
