@@ -23,6 +23,7 @@ from launcher import rundir
 from launcher.errors import DataError, InfrastructureError, StorageError, UsageError
 from launcher.marks import mark
 from launcher.rundir import Attempt, Run
+from launcher.worker import reshard
 from launcher.worker.engine import Engine
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import Cursor
@@ -74,8 +75,7 @@ class Identity:
     def refuse(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raise UsageError where `manifest` is of a run of another shape."""
         hints = {
-            "world_size": "resume with as many ranks as it was trained with",
-            "zero_stage": "resume with the ZeRO stage it was trained with",
+            "zero_stage": "resume with the ZeRO stage it was trained with; ranks may be more or fewer",
             "precision": "resume in the precision it was trained in",
             "backbone": "the model changed; start a new run for another model",
             "packs": "the packs changed; start a new run on other data",
@@ -232,7 +232,7 @@ class Checkpoints:
         Raises:
             DataError: this run has sealed checkpoints before and none of them verifies now (unless `fresh`).
             StorageError: one cannot be read at all; that is no reason to put it aside.
-            UsageError: the checkpoint is of another world size, ZeRO stage, precision, model or data.
+            UsageError: the checkpoint is of another ZeRO stage, precision, model or data.
         """
         put_aside: list[str] = []
         steps = self.ranks.gather(self.run.sealed_steps()[::-1])[0]
@@ -264,8 +264,11 @@ class Checkpoints:
                 continue
             self.identity.refuse(folder, manifest)
             mark("load")
-            self.engine.load(folder)
-            set_rng_state(json.loads((folder / f"rank-{self.ranks.rank:05d}.rng.json").read_bytes()))
+            if (saved_by := manifest["identity"]["world_size"]) == self.ranks.world_size:
+                self.engine.load(folder)
+                set_rng_state(json.loads((folder / f"rank-{self.ranks.rank:05d}.rng.json").read_bytes()))
+            else:
+                reshard.restore(self.engine, self.ranks, folder, saved_by, manifest["digest"])
             self.whole.add(step)
             return Progress.from_json(manifest["progress"]), put_aside
         if put_aside or self._has_sealed_before():
@@ -326,26 +329,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
-
-
-# Weights alone -------------------------------------------------------------------------------------------------------
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a sealed checkpoint, consolidated, fp32, on the CPU, in one process.
-
-    Raises:
-        DataError: the checkpoint does not verify.
-    """
-    manifest = rundir.verify(folder)
-    stage = manifest["identity"]["zero_stage"]
-    if stage == "off":
-        saved = torch.load(folder / "accelerate.pt", map_location="cpu", weights_only=True)["model"]
-    elif stage == "0":  # nothing is sharded; in bf16 these are the weights that were computed with
-        path = folder / "deepspeed" / "mp_rank_00_model_states.pt"
-        saved = torch.load(path, map_location="cpu", weights_only=False)["module"]
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        saved = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="deepspeed")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in saved.items()}

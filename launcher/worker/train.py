@@ -101,7 +101,8 @@ class Training:
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
         mark("model", "start")
         model = build(self.recipe.backbone, seed=self.recipe.seed)
-        config = rundir.read_json(self.run.deepspeed)
+        # Its file is for people, and has the accumulation of the launch; the number of ranks may have changed since.
+        config = {**(rundir.read_json(self.run.deepspeed) or {}), "gradient_accumulation_steps": self.accumulation}
         mark("engine")
         self.engine = engine_for(model, self.recipe, self.accumulation, config, ranks)
         mark("meet")

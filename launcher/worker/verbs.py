@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import shutil
 import sys
@@ -16,7 +14,6 @@ import numpy as np
 
 from launcher import recipe_file, rundir
 from launcher.errors import DataError, UsageError
-from launcher.recipe import Recipe
 from launcher.rundir import Run
 
 
@@ -99,13 +96,15 @@ def evaluate(options: argparse.Namespace) -> int:
     from launcher.worker.data import to_device
     from launcher.worker.evaluate import Evaluator
     from launcher.worker.ranks import Ranks
+    from launcher.worker.weights import restored
 
     ranks = Ranks()
     recipe = recipe_file.load(Run(options.run).resolved)
     if options.subset:
         cadence = recipe.evaluate.model_copy(update={"subsets": options.subset})
         recipe = recipe.model_copy(update={"evaluate": cadence})
-    model = restored(Run(options.run), recipe, options.step).eval().to(ranks.device)
+    folder = Run(options.run).checkpoint(options.step)
+    model = restored(folder, recipe.backbone, recipe.seed).eval().to(ranks.device)
     evaluator = Evaluator(recipe, model, ranks)
     say(f"evaluating step {options.step} on {ranks.device}")
     began = time.monotonic()
@@ -123,34 +122,10 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def restored(run: Run, recipe: Recipe, step: int) -> Any:
-    """The run's model with the weights of one sealed checkpoint.
-
-    Raises:
-        DataError: the checkpoint does not verify, or holds other weights than the model has.
-    """
-    from launcher.worker.checkpoint import weights_of
-    from launcher.worker.models import build
-
-    model = build(recipe.backbone, seed=recipe.seed)
-    folder = run.checkpoint(step)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        weights = weights_of(folder)  # DeepSpeed prints its progress, and stdout is for our answer
-    problems = model.load_state_dict(weights, strict=False)
-    # Tied weights are stored once; whatever is left must share memory with something that was loaded.
-    loaded = {t.data_ptr() for n, t in model.state_dict().items() if n in weights}
-    missing = [n for n in problems.missing_keys if model.state_dict()[n].data_ptr() not in loaded]
-    if missing or problems.unexpected_keys:
-        raise DataError(
-            f"{folder} does not hold this model: missing {missing[:3]}, unexpected {problems.unexpected_keys[:3]}",
-            hint="evaluate and export with the version of speechctl that trained the run",
-        )
-    return model
-
-
 def export(options: argparse.Namespace) -> int:
     """One checkpoint as a directory that other programs can load; sealed or absent."""
     from launcher.worker.models import write_export
+    from launcher.worker.weights import restored
 
     run = Run(options.run)
     recipe = recipe_file.load(run.resolved)
@@ -161,7 +136,7 @@ def export(options: argparse.Namespace) -> int:
         staged.mkdir(parents=True)
     try:
         with rundir.storage_errors(staged):
-            write_export(restored(run, recipe, options.step), staged)
+            write_export(restored(run.checkpoint(options.step), recipe.backbone, recipe.seed), staged)
         source = {
             "run": str(run.root),
             "step": options.step,
