@@ -21,6 +21,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from launcher.hosts import Host
     from launcher.jobs import Job
     from launcher.plan import Plan
     from launcher.recipe import Recipe
@@ -314,6 +315,9 @@ def launch(
 @app.command()
 def resume(
     run: RunPath,
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Go on in another way: --set launch.processes=4.")
+    ] = [],  # noqa: B006
     fresh: Annotated[
         bool,
         typer.Option("--fresh", help="Start over at step 0, even if there are checkpoints; they are put aside."),
@@ -330,10 +334,11 @@ def resume(
 
     For a run that was stopped, failed or interrupted; it is followed to its end. Ctrl-C and the exit codes are as in
     `launch`. With backend slurm another job is submitted.
-    """
-    import dataclasses
 
-    from launcher import environment, follow, jobs, new_run, ownership, recipe_file, redact, report, rundir, ui
+    More ranks or fewer may go on: after the hostfile has changed, or with --set launch.processes=4, launch.nodes=2 and
+    the like, which stays so. The audio in an optimizer step stays the same, and no utterance is repeated or lost.
+    """
+    from launcher import follow, jobs, new_run, ownership, recipe_file, redact, report, reshape, rundir, ui
     from launcher import plan as plans
     from launcher.errors import UsageError
     from launcher.prepare import run as preflight
@@ -344,7 +349,8 @@ def resume(
     report.read(where)  # refuses what is no run before anything is written there
     ownership.refuse_foreign(where)
     if detach and follow.is_needed(recipe_file.load(where.resolved).launch.backend):
-        raise typer.Exit(follow.tell_detached(where, *["--fresh"] * fresh))
+        words = [word for override in overrides for word in ("--set", override)]
+        raise typer.Exit(follow.tell_detached(where, *["--fresh"] * fresh, *words))
     with (jobs.LockInJob if in_allocation else RunLock)(where, redact.current.text(" ".join(sys.argv))):
         state = report.read(where)
         if state.state == "finished" and state.max_steps in state.sealed and not fresh:
@@ -352,33 +358,26 @@ def resume(
             _show(where)
             return
         new_run.refuse_edited(where)
-        value = recipe_file.load(where.resolved)
+        reshape.refuse_others(where, overrides)
+        hosts: list[Host] | None = None
+        if in_allocation:
+            made = plans.Plan.from_json(rundir.read_json(where.plan))
+            hosts = jobs.allocation(where, recipe_file.load(where.resolved), made)
+            overrides = [f"launch.nodes={len(hosts)}"] if len(hosts) != len(made.hosts) else []
+        value, made = _go_on(where, overrides, hosts)
         if debug and (value.zero_stage != "off" or value.launch.processes != 1):
             raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {where.root}`")
-        made = plans.Plan.from_json(rundir.read_json(where.plan))
         if in_allocation:
             fresh = fresh and not jobs.has_begun(where)  # that was in an earlier life of this job
-            made = dataclasses.replace(made, hosts=jobs.allocation(where, value, made))
             try:
                 _attempt(where, value, made, fresh=fresh, debug=False)
             finally:
                 jobs.leave_exclusions(where, value)
             return
         if value.launch.backend == "slurm":
-            jobs.refuse_second(where)
             _say_submitted(where, jobs.submit(where, value, fresh=fresh))
             return
-        machines = environment.machines(value, rundir.avoided(where))
-        was, now = (sum(h.slots for h in some) for some in (made.hosts, machines))
-        if was != now:
-            place = "on this machine" if value.launch.hostfile is None else f"by {value.launch.hostfile}"
-            raise UsageError(
-                f"{where.root} was launched with {ui.counted(was, 'rank')}; {place} it would have"
-                f" {ui.counted(now, 'rank')}",
-                hint="resume where as many GPUs can be used; another number of ranks cannot take over a run yet",
-            )
-        made = dataclasses.replace(made, hosts=machines)  # another host may have taken the place of one that died
-        preflight.before_launch(value, machines)
+        preflight.before_launch(value, made.hosts)
         _attempt(where, value, made, fresh=fresh, debug=debug)
 
 
@@ -639,12 +638,38 @@ def _worker(*arguments: str, parse: bool = True) -> Any:
     return json.loads(done.stdout.splitlines()[-1]) if parse else done.stdout
 
 
-def _plan(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
-    """What the recipe comes to on this machine, and the facts it was made from."""
+def _go_on(run: Run, overrides: list[str], hosts: list[Host] | None) -> tuple[Recipe, Plan]:
+    """The run's recipe and plan, for `hosts` or those that it means now; written down where they change."""
+    import dataclasses
+
+    from launcher import environment, jobs, reshape, rundir, ui
+    from launcher import plan as plans
+
+    made = plans.Plan.from_json(rundir.read_json(run.plan))
+    with _resolved(run.resolved, overrides) as (value, path):
+        if hosts is None:
+            if value.launch.backend == "slurm":
+                jobs.refuse_second(run)
+                if not overrides:
+                    return value, made
+            hosts = environment.machines(value, rundir.avoided(run))
+        was, now = made.world_size, sum(h.slots for h in hosts)
+        reshape.refuse_unasked(run, value, was, hosts)
+        if was == now and not overrides:
+            return value, dataclasses.replace(made, hosts=hosts)  # another host may have taken the place of one
+        made, _ = _plan(value, path, hosts)
+        reshape.record(run, path, made)
+        if was != now:
+            ui.say(f"{run.root} goes on with {ui.counted(now, 'rank')}; it had {was}")
+        return value, made
+
+
+def _plan(value: Recipe, path: Path, machines: list[Host] | None = None) -> tuple[Plan, dict[str, Any]]:
+    """What the recipe comes to on these hosts, or on those that it means, and the facts it was made from."""
     from launcher import environment, facts
     from launcher import plan as plans
 
-    machines = environment.machines(value)
+    machines = machines or environment.machines(value)
     world_size = sum(h.slots for h in machines)
     told = facts.known(value, world_size)
     if told is None:

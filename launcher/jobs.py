@@ -252,17 +252,12 @@ def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:
             hint="launch it with --backend slurm and a run_dir of its own",
         )
     found = expand_nodelist(names)
-    if len(found) != len(plan.hosts):
-        raise UsageError(
-            f"{run.root} was launched for {len(plan.hosts)} nodes; job {job} has {len(found)}: {names}",
-            hint=f"sbatch --nodes={len(plan.hosts)}; another number of ranks cannot take over a run yet",
-        )
     run.slurm.mkdir(exist_ok=True)
     if not _record(run, job).exists():  # submitted by hand
         excluded = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%x"]).stdout.strip()
         facts = {"job": job, "time": time.time(), "argv": None, "exclude": excluded.replace("(null)", "") or None}
         rundir.write_json(_record(run, job), facts)
-    return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
+    return [Host(name, plan.hosts[0].slots) for name in found]
 
 
 def has_begun(run: Run) -> bool:

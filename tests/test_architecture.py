@@ -40,6 +40,7 @@ ORDER = (
     "backends",
     "plan",
     "new_run",
+    "reshape",
     "report",
     "audit",
     "logs",

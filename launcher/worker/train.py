@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,8 @@ class Training:
         if self.sealed_step == progress.step:
             return
         began = time.monotonic()
+        with suppress(OSError):  # a checkpoint must not outlive the lines that say what it has seen
+            rundir.sync_file(self.attempt.ledger(self.ranks.rank))
         self.event("saving", step=progress.step)
         mark("begin", "save", progress.step)
         error = self.checkpoints.save(progress)

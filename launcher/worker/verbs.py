@@ -69,7 +69,8 @@ def facts(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(
             f"the batch does not fit: {error}",
-            hint="raise batch.step_seconds and batch.max_rank_seconds, or lower data.max_utterance",
+            hint="take fewer ranks; or, in a new run, raise batch.step_seconds and batch.max_rank_seconds, or lower"
+            " data.max_utterance",
         ) from error
     padded = np.array([[sampler.padded(b.indices) for b in step] for step in steps])
     answer: dict[str, Any] = {
