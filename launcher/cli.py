@@ -41,6 +41,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipe_app, name="recipe")
+checkpoint_app = typer.Typer(help="Look after checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
 
@@ -557,6 +559,41 @@ def evaluate(
             f"{title}: WER {row['wer']:.2%} ({row['substitutions']} sub, {row['insertions']} ins,"
             f" {row['deletions']} del of {row['words']} words in {row['utterances']} utterances)"
         )
+
+
+@checkpoint_app.command("reshard")
+def checkpoint_reshard(
+    run: RunPath,
+    step: Annotated[str, typer.Argument(metavar="STEP", help="best, last, or a step.", show_default=False)],
+    ranks: Annotated[int, typer.Option(min=1, help="So many ranks are to go on.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Find out now whether another number of ranks can go on from a checkpoint.
+
+    Reads all of it as they would, and checks that nothing of the model is missing. Writes nothing: `resume` needs no
+    copy in another form, and does the same by itself.
+    """
+    from launcher import recipe_file, report, ui
+    from launcher.ownership import refuse_foreign
+    from launcher.rundir import Run
+
+    where = Run(run)
+    number = report.sealed_step(where, step)
+    refuse_foreign(where)
+    answer = _worker("reshard", str(where.root), "--step", str(number), "--ranks", str(ranks))
+    if as_json:
+        ui.answer(json.dumps(answer, indent=1))
+        return
+    left = (
+        ui.counted(answer["steps_left_in_epoch"], "step"),
+        ui.counted(answer["utterances_left_in_epoch"], "utterance"),
+    )
+    ui.answer(
+        f"step {number}: {ui.counted(ranks, 'rank')} can go on where {answer['saved_by']} stopped, in epoch"
+        f" {answer['epoch']} with {left[0]} left of {left[1]}; accumulation {answer['accumulation']}"
+    )
+    if recipe_file.load(where.resolved).launch.backend == "local":
+        ui.commands_next([f"speechctl resume {shlex.quote(str(where.root))} --set launch.processes={ranks}"])
 
 
 @app.command()

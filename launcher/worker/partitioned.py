@@ -47,6 +47,8 @@ def load(engine: Any, folder: Path, saved_by: int, ranks: Ranks) -> None:
     _fill(engine.optimizer, stage, shards, pieces, vectors, ranks)
     if stage == 3:
         engine.optimizer.checkpoint_event_epilogue()
+    else:
+        _check_weights(engine.optimizer, pieces, vectors, ranks, folder)
     for name, count in shards.counters().items():
         setattr(engine, name, count)
 
@@ -90,6 +92,22 @@ def _load_module_of_3(engine: Any, shards: Shards, ranks: Ranks) -> None:
         frozen[name] = torch.nn.functional.pad(mine, (0, part.length - part.count))
     module = {**engine.module.state_dict(), **shards.buffers}
     engine.load_module_state_dict({"module": module, "frozen_param_fragments": frozen})
+
+
+def _check_weights(optimizer: Any, pieces: Iterable[Piece], vectors: list[Tensor], ranks: Ranks, folder: Path) -> None:
+    """That the model's weights, which came whole from the file of rank 0, are those that the optimizer keeps in fp32.
+
+    A forward pass says nothing of the latter at ZeRO 1 and 2, before the first update has overwritten the former.
+    """
+    parameters = {optimizer.param_names[p]: p for group in optimizer.bit16_groups for p in group}
+    problem = ""
+    for piece in pieces:
+        parameter = parameters[piece.name].data.flatten()
+        kept = vectors[piece.group].data.narrow(0, piece.offset, piece.count)
+        if not torch.equal(parameter.narrow(0, piece.start, piece.count), kept.to(parameter.dtype)):
+            problem = problem or f"rank {ranks.rank} has other weights of {piece.name} than the optimizer has"
+    if problem := next((p for p in ranks.gather(problem) if p), ""):
+        raise DataError(f"{folder}: {problem}", hint=HINT)
 
 
 def _fill(

@@ -10,7 +10,8 @@ number of ranks.
 
 Nothing is believed: each element of each parameter is counted, where it is read and where it goes, and a forward pass
 of the loaded engine must give the loss that rank 0 computes with the checkpoint's weights by another way (DeepSpeed's
-`zero_to_fp32`, and a model of its own). That loss is computed here, not at the seal: a save would have to stop for a
+`zero_to_fp32`, and a model of its own). Where that pass does not see the fp32 weights, at ZeRO 1 and 2, these are
+compared with those that it does see. That loss is computed here, not at the seal: a save would have to stop for a
 forward pass of all ranks, and its loss would hold on that kind of device alone. What each rank draws at random goes on
 exactly where it was only with the same number of ranks. Here every rank is seeded anew.
 """

@@ -123,6 +123,61 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def reshard(options: argparse.Namespace) -> int:
+    """Do, in one process and for nobody, what `--ranks` ranks would do to go on from a checkpoint; says what they get.
+
+    Nothing is written: a resume takes what it needs out of the sealed files themselves. The weights are read in two
+    ways, DeepSpeed's and ours, and must be the same bits; every element must be there once.
+
+    Raises:
+        DataError: the checkpoint does not verify, or does not have all of the model.
+        UsageError: the recipe's batch does not fit so many ranks.
+    """
+    import torch
+
+    from launcher.worker.checkpoint import Progress
+    from launcher.worker.sampler import Sampler, accumulation, utterances_in
+    from launcher.worker.shards import Shards, check_coverage
+    from launcher.worker.train import TrainingSet
+    from launcher.worker.weights import restored
+
+    run, world_size = Run(options.run), options.ranks
+    recipe, folder = recipe_file.load(run.resolved), run.checkpoint(options.step)
+    say(f"reading step {options.step} as {world_size} ranks would")
+    model = restored(folder, recipe.backbone, recipe.seed)
+    manifest = rundir.manifest_of(folder)
+    identity, progress = manifest["identity"], Progress.from_json(manifest["progress"])
+    if identity["zero_stage"] in ("1", "2", "3"):
+        shards = Shards(folder / "deepspeed", int(identity["zero_stage"]), identity["world_size"])
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        pieces = (piece for some in shards.pieces.values() for piece in some)
+        check_coverage(str(folder), pieces, {name: p.numel() for name, p in trained.items()})
+        for name, parameter in trained.items():
+            if not torch.equal(shards.read("fp32", name, 0, parameter.numel()), parameter.detach().flatten()):
+                raise DataError(
+                    f"{folder}: {name} is read in two ways and differs", hint="report it: a bug of speechctl"
+                )
+    data, batch = TrainingSet.open(recipe, model), recipe.batch
+    each = accumulation(batch.step_seconds, batch.max_rank_seconds, world_size)
+    sampler = Sampler(data.seconds, step_seconds=batch.step_seconds, seed=recipe.seed)
+    try:
+        steps = sampler.steps_left(progress.cursor, world_size, each)
+    except ValueError as error:
+        raise UsageError(f"{world_size} ranks cannot go on: {error}", hint="take fewer ranks") from error
+    answer = {
+        "step": options.step,
+        "saved_by": identity["world_size"],
+        "ranks": world_size,
+        "zero_stage": identity["zero_stage"],
+        "accumulation": each,
+        "epoch": progress.cursor.epoch,
+        "steps_left_in_epoch": len(steps),
+        "utterances_left_in_epoch": sum(map(utterances_in, steps)),
+    }
+    print(json.dumps(answer))
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     """One checkpoint as a directory that other programs can load; sealed or absent."""
     from launcher.worker.models import write_export

@@ -101,6 +101,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(7200 if ALL else 600)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_all_is_where_it_was_and_training_goes_on(finished: dict[Case, Run], case: Case) -> None:
     """Weights, both moments, counts, frozen weights and buffers, bit for bit; then finite losses near those of before,

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.rundir import Attempt
 
-LIMIT_S = 900
+LIMIT_S = 3600
 HEAVY = [
     "launcher.worker.train",
     "launcher.worker.engine_deepspeed",
