@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from launcher.errors import DataError
+from launcher.marks import mark
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.engine import Engine
 from launcher.worker.ranks import Ranks
@@ -44,6 +45,7 @@ def restore(engine: Engine, ranks: Ranks, folder: Path, saved_by: int, identity:
         DataError: on all ranks: it does not cover the model, or the loaded model hears something else.
     """
     engine.reshard(folder, saved_by, ranks)
+    mark("probe")
     check_probe(engine, ranks, folder)
     seed_dice(identity, ranks)
 
