@@ -23,7 +23,19 @@ from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
 BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan"], ["evaluate", "export", "transcribe"]
-COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "logs", "attach", "stop", *AFTER]
+COMMANDS = [
+    *BEFORE,
+    "checkpoint reshard",
+    "launch",
+    "resume",
+    "status",
+    "why",
+    "audit",
+    "logs",
+    "attach",
+    "stop",
+    *AFTER,
+]
 
 Transcript = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -43,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--target", type=Path, required=True)
         if verb == "evaluate":
             command.add_argument("--subset", action="append", default=[])
+    reshard = verbs.add_parser("reshard")
+    reshard.add_argument("run", type=Path)
+    reshard.add_argument("--step", type=int, required=True)
+    reshard.add_argument("--ranks", type=int, required=True)
     transcribe = verbs.add_parser("transcribe")
     transcribe.add_argument("model", type=Path)
     transcribe.add_argument("files", type=Path, nargs="+")

@@ -28,6 +28,7 @@ from launcher.marks import mark
 from launcher.recipe import Checkpoint as CheckpointOptions
 from launcher.retention import Rules
 from launcher.rundir import Attempt, Run
+from launcher.worker import reshard
 from launcher.worker.engine import Engine
 from launcher.worker.host_memory import HostMemory
 from launcher.worker.ranks import TIMEOUT_S, Ranks
@@ -78,8 +79,7 @@ class Identity:
     def refuse(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raise UsageError where `manifest` is of a run of another shape."""
         hints = {
-            "world_size": "resume with as many ranks as it was trained with",
-            "zero_stage": "resume with the ZeRO stage it was trained with",
+            "zero_stage": "resume with the ZeRO stage it was trained with; ranks may be more or fewer",
             "precision": "resume in the precision it was trained in",
             "backbone": "the model changed; start a new run for another model",
             "packs": "the packs changed; start a new run on other data",
@@ -195,7 +195,7 @@ class Checkpoints:
         Raises:
             DataError: this run has sealed checkpoints before and none of them verifies now (unless `fresh`).
             StorageError: one cannot be read at all; that is no reason to put it aside.
-            UsageError: the checkpoint is of another world size, ZeRO stage, precision, model or data.
+            UsageError: the checkpoint is of another ZeRO stage, precision, model or data.
         """
         put_aside: list[str] = []
         steps = self.ranks.gather(self.run.sealed_steps()[::-1])[0]
@@ -230,8 +230,11 @@ class Checkpoints:
                 continue
             self.identity.refuse(folder, manifest)
             mark("load")
-            self.engine.load(folder)
-            set_rng_state(json.loads((folder / f"rank-{self.ranks.rank:05d}.rng.json").read_bytes()))
+            if (saved_by := manifest["identity"]["world_size"]) == self.ranks.world_size:
+                self.engine.load(folder)
+                set_rng_state(json.loads((folder / f"rank-{self.ranks.rank:05d}.rng.json").read_bytes()))
+            else:
+                reshard.restore(self.engine, self.ranks, self.run, step, saved_by, manifest["digest"])
             self.committer.whole.add(step)
             reading.close()
             return Progress.from_json(manifest["progress"]), put_aside

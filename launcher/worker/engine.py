@@ -27,6 +27,8 @@ class Engine(ABC):
 
     model: SpeechModel
     device: torch.device
+    weights_type = torch.float32
+    """That the model's weights have while it computes."""
 
     @abstractmethod
     def backward(self, tensors: Tensors, factor: float, last: bool) -> Tensor:
@@ -56,6 +58,10 @@ class Engine(ABC):
     def load(self, folder: Path) -> None:
         """Take back what is in the files of `snapshot`, by the same number of ranks. The files were verified before."""
 
+    def reshard(self, folder: Path, saved_by: int, ranks: Ranks) -> None:
+        """Take back what `save` wrote by `saved_by` ranks, whatever their number. The files were verified before."""
+        self.load(folder)  # where nothing is cut up
+
     def infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
         """Loss of each utterance and greedy transcripts, without dropout, masking or gradients."""
         self.model.eval()
@@ -68,6 +74,20 @@ class Engine(ABC):
     def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
         losses, texts = self.model(tensors, transcribe=True)
         return losses, texts
+
+    def losses(self, tensors: Tensors, model: SpeechModel | None = None) -> Tensor:
+        """Of each utterance, as `infer` computes them; by `model`, where it is not the engine's own."""
+        model = model or self.model
+        model.eval()
+        try:
+            with torch.no_grad():
+                return self._losses(model, to_device(tensors, self.device))
+        finally:
+            model.train()
+
+    def _losses(self, model: SpeechModel, tensors: Tensors) -> Tensor:
+        losses: Tensor = model(tensors)[0]
+        return losses
 
 
 def optimizer_for(model: SpeechModel, recipe: Recipe) -> torch.optim.AdamW:
@@ -130,6 +150,10 @@ class AccelerateEngine(Engine):
     def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
         with self.accelerator.autocast():
             return super()._infer(tensors)
+
+    def _losses(self, model: SpeechModel, tensors: Tensors) -> Tensor:
+        with self.accelerator.autocast():
+            return super()._losses(model, tensors)
 
     def snapshot(self, memory: HostMemory) -> list[File]:
         if self.accelerator.process_index != 0:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from launcher.committer import File
 from launcher.recipe import Recipe
+from launcher.worker import partitioned
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
 from launcher.worker.engine import Engine, optimizer_for
@@ -32,6 +33,7 @@ class DeepSpeedEngine(Engine):
         deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", timeout=ranks.timeout)
         self.model = model
         self.device = ranks.device
+        self.weights_type = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(ranks.device), optimizer=optimizer_for(model, recipe), config=config
         )
@@ -97,6 +99,12 @@ class DeepSpeedEngine(Engine):
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder / TAG}")
+
+    def reshard(self, folder: Path, saved_by: int, ranks: Ranks) -> None:
+        if self.engine.zero_optimization_stage() == 0:
+            self.load(folder)
+        else:
+            partitioned.load(self.engine, folder / TAG, saved_by, ranks)
 
 
 class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ class Training:
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
         mark("model", "start")
         model = build(self.recipe.backbone, seed=self.recipe.seed)
-        config = rundir.read_json(self.run.deepspeed)
+        # Its file is for people, and has the accumulation of the launch; the number of ranks may have changed since.
+        config = {**(rundir.read_json(self.run.deepspeed) or {}), "gradient_accumulation_steps": self.accumulation}
         mark("engine")
         self.engine = engine_for(model, self.recipe, self.accumulation, config, ranks)
         mark("meet")
@@ -375,6 +377,8 @@ class Training:
             return
         self.settle()
         began = time.monotonic()
+        with suppress(OSError):  # a checkpoint must not outlive the lines that say what it has seen
+            rundir.sync_file(self.attempt.ledger(self.ranks.rank))
         self.event("saving", step=progress.step)
         mark("begin", "save", progress.step)
         best_before = best_before or (progress.best_wer, progress.best_step)

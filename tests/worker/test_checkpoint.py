@@ -143,10 +143,10 @@ def test_a_run_that_never_sealed_starts_at_step_0(attempt: Attempt) -> None:
     assert checkpoints(attempt).restore(fresh=False) == (None, [])
 
 
-@pytest.mark.parametrize("field", ["world_size", "zero_stage", "precision", "backbone", "packs", "evaluation", "order"])
+@pytest.mark.parametrize("field", ["zero_stage", "precision", "backbone", "packs", "evaluation", "order"])
 def test_a_run_of_another_shape_is_refused_and_nothing_is_put_aside(attempt: Attempt, field: str) -> None:
     saved(attempt, 5)
-    other = Identity(**{**vars(IDENTITY), field: 4 if field == "world_size" else "other"})
+    other = Identity(**{**vars(IDENTITY), field: "other"})
     with pytest.raises(UsageError, match=field):
         checkpoints(attempt, identity=other).restore(fresh=False)
     assert attempt.run.sealed_steps() == [5]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,30 @@ def test_export_and_transcribe_hear_what_training_heard(whole: Run, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     wanted = [f"{file}\t{row['text']}" for file, row in zip(files, rows, strict=True)]
     assert done.stdout.splitlines() == wanted
+
+
+def test_another_number_of_ranks_goes_on(whole: Run, tmp_path: Path) -> None:
+    """One rank in the place of two, by the commands that a person types; the curve goes on as it was, and no utterance
+    is read twice."""
+    run = Run(tmp_path / "run")
+    shutil.copytree(whole.root, run.root)
+    shutil.rmtree(run.checkpoint(24))
+    last = run.sealed_steps()[-1]
+    done = speechctl("checkpoint", "reshard", "run", "last", "--ranks", "1", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["step"], told["saved_by"], told["accumulation"]) == (last, 2, 2)
+    done = speechctl("resume", "run", "--set", "launch.processes=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = speechctl("audit", "run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [(s["ranks"], s["first"], s["last"]) for s in json.loads(done.stdout)["stands"]]
+    assert ranks == [(2, 1, last), (1, last + 1, 24)]
+    rows = [{m["step"]: m for m in read_lines(a.metrics)} for a in run.attempts()]
+    assert events(run.attempts()[1], "started")[0]["step"] == last
+    loss = sum(m["loss"] for m in rows[1].values()) / len(rows[1])
+    before = [m["loss"] for s, m in rows[0].items() if s > last]
+    assert loss == pytest.approx(sum(before) / len(before), rel=0.1)
 
 
 def _more_attempts(run: Run, than: int) -> bool:
