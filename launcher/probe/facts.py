@@ -20,9 +20,11 @@ import hashlib, importlib.util, json, os, re, sys
 from importlib import metadata
 packages = {}
 for d in metadata.distributions():
-    name = d.metadata["Name"]
-    if name:
-        packages.setdefault(re.sub(r"[-_.]+", "-", name).lower(), d.version)
+    # The head alone: d.metadata parses whole READMEs, which is half of the time that all of this takes.
+    text = d.read_text("METADATA") or d.read_text("PKG-INFO") or d.read_text("") or ""
+    head = dict(re.findall(r"^(Name|Version):[ \t]*(\S+)", re.split(r"\r?\n\r?\n", text, maxsplit=1)[0], re.M))
+    if len(head) == 2:
+        packages.setdefault(re.sub(r"[-_.]+", "-", head["Name"]).lower(), head["Version"])
 def folder(name):
     spec = importlib.util.find_spec(name)
     return spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else None

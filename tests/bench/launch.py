@@ -183,23 +183,26 @@ def ways(bench: Bench, ssh: bool, slurm: bool) -> Iterator[list[Callable[[], Row
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, choices=range(1, 1000), metavar="N", default=5)
     parser.add_argument("--ssh", action="store_true")
     parser.add_argument("--slurm", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("build/launch.json"))
     options = parser.parse_args()
     seen: dict[str, list[float]] = {}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder).resolve())
         with ways(bench, options.ssh, options.slurm) as found:
-            for _ in range(options.runs):
+            for number in range(options.runs):
                 for way in found:
                     for name, seconds in way().items():
                         seen.setdefault(name, []).append(seconds)
-    result = summary(seen, bench.cpu_s)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{'seconds to the first step':<28} median     min   CPU-s    (of {options.runs}, interleaved)")
+                print(
+                    f"{number + 1}: " + ", ".join(f"{name} {all_s[-1]:.2f}" for name, all_s in seen.items()), flush=True
+                )
+                result = summary(seen, bench.cpu_s)
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{'seconds to the first step':<28} median     min   CPU-s    (of {options.runs}, interleaved)")
     for name, row in result["rows"].items():
         cpu = "      -" if row["cpu_s"] is None else f"{row['cpu_s']:7.2f}"
         print(f"{name:<28} {row['median_s']:6.2f}  {row['min_s']:6.2f} {cpu}")
