@@ -83,6 +83,8 @@ def _unasked(ended: _Ended) -> Failure | None:
         return lost
     if ended.in_job or any(node["asked"] == STOP for node in ended.nodes.values()):
         return None  # SLURM makes room for another job, and the batch script has this one queued again
+    if not ended.nodes:
+        return None  # `--debug`: one rank in somebody's terminal, where Ctrl-C goes to it
     for k in ended.order:
         asked = ended.nodes.get(k, {}).get("asked")
         if asked and asked != ANOTHER:

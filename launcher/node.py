@@ -319,15 +319,14 @@ class Files:
     def _follow(self) -> None:
         looked = time.monotonic()
         while True:
+            lease = self._lease
             with contextlib.suppress(OSError):
                 self.stop_requested = self.attempt.run.stop_request.exists()
                 lease = self.attempt.lease.read_bytes()  # opened anew: NFS then asks its server
                 self.over = lease == OVER
-                if lease != self._lease:
-                    self._lease, self.unchanged_s = lease, 0.0
             now = time.monotonic()
-            self.unchanged_s += min(now - looked, 1.0)
-            looked = now
+            self.unchanged_s = 0.0 if lease != self._lease else self.unchanged_s + min(now - looked, 1.0)
+            self._lease, looked = lease, now
             time.sleep(0.2)
 
 

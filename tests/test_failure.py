@@ -96,6 +96,9 @@ def test_ranks_that_sealed_though_nobody_asked_for_a_stop_go_on(
     ended.srun_log(0).unlink()
     rundir.write_json(ended.node(0), {"host": "here", **NODE, "returncode": 0, "asked": STOP})
     assert cause.conclude(ended, [0, 0]) == ExitCode.STOPPED, "it was asked for, and the file is gone since"
+    for k in range(2):
+        ended.node(k).unlink()
+    assert cause.conclude(ended, [0]) == ExitCode.STOPPED, "Ctrl-C under --debug goes to the rank itself"
 
 
 @pytest.mark.parametrize("returncode", [0, 1, -9, 127])
@@ -307,6 +310,7 @@ def test_a_node_that_failed_first_comes_before_one_that_was_still_on_its_way(end
     assert verdict(ended, 1, 255, order=(1, 0))[0] == "host refused"
     rundir.write_json(ended.node(0), {"host": "here", **NODE})
     assert verdict(ended, 1, 255, order=(0, 1))[0] == "host refused"
+    assert verdict(ended, 1, -9, order=(0, 1))[0] == "node failed", "it did not refuse: we killed it"
     record(ended, 0, 1.0, "boom")
     assert verdict(ended, 1, 255, order=(0, 1))[0] == "training"
 

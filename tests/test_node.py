@@ -188,16 +188,25 @@ def test_a_launcher_that_renews_no_lease_is_taken_for_gone(stub: Stub) -> None:
 def test_a_file_server_that_does_not_answer_is_no_launcher_that_is_gone(stub: Stub) -> None:
     """One that starts again is silent for longer than a lease, and healthy runs were ended by that."""
     attempt = stub.attempt(stop_grace_s=100)
-    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 1.5})
-    os.mkfifo(attempt.lease)  # who reads it waits
+    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 3})
+    attempt.lease.write_text("1")
+    pipe, renewed = attempt.root / "pipe", attempt.root / "renewed"
+    os.mkfifo(pipe)  # who reads it waits
     with node(stub, attempt) as process:
+        pipe.replace(attempt.lease)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(3)
+            process.wait(4)
         with attempt.lease.open("w") as lease:
-            lease.write("1\n")
-        attempt.lease.unlink()
+            lease.write("1")  # as it was before the silence
+            renewed.write_text("1")
+            renewed.replace(attempt.lease)
+        time.sleep(0.7)
+        for beat in range(40):
+            attempt.lease.write_text(f"later {beat}")
+            time.sleep(0.1)
+        assert process.poll() is None
         assert process.wait(20) == 0
-    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 1.5 s"
+    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 3 s"
 
 
 def test_a_node_that_no_word_reaches_reads_that_the_lease_is_over(stub: Stub) -> None:
