@@ -289,7 +289,7 @@ class Files:
     def _follow(self) -> None:
         while True:
             with contextlib.suppress(OSError):
-                self.stop_requested = self.attempt.run.stop_request.exists()
+                self.stop_requested = rundir.there(self.attempt.run.stop_request)
                 lease = self.attempt.lease.read_bytes()  # opened anew: NFS then asks its server
                 self.over = lease == OVER
                 if lease != self._lease:
