@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Collection
 from pathlib import Path
 
 
-def of_torchrun(log: Path) -> list[tuple[int, int]]:
+def of_torchrun(log: Path, silenced: Collection[int] = ()) -> list[tuple[int, int]]:
     """(rank, exit code) of a node's ranks that failed, by the summary in its log; what torchrun saw first comes first.
-    The others are not causes: it ends them itself, by SIGTERM, and after 30 s by SIGKILL."""
+    The others are not causes: it ends them itself, by SIGTERM, and after 30 s by SIGKILL.
+
+    Args:
+        silenced: processes that their node killed because another one had died; they are left out.
+    """
     found: list[tuple[int, int]] = []
-    others, _, root = text_of(log).partition("Root Cause (first observed failure):")
+    text = text_of(log)
+    left_out = {*silenced, *(int(pid) for pid in re.findall(r"Unable to shutdown process (\d+) via", text))}
+    others, _, root = text.partition("Root Cause (first observed failure):")
     for part in (root, others):
-        for match in re.finditer(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) ", part):
-            found.append((int(match[1]), int(match[2])))
+        for match in re.finditer(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) \(pid: (\d+)", part):
+            if int(match[3]) not in left_out:
+                found.append((int(match[1]), int(match[2])))
     return found
 
 

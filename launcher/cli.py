@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipe_app, name="recipe")
+checkpoint_app = typer.Typer(help="Look after checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
 
@@ -270,6 +273,9 @@ def launch(
 @app.command()
 def resume(
     run: RunPath,
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Go on in another way: --set launch.processes=4.")
+    ] = [],  # noqa: B006
     fresh: Annotated[
         bool,
         typer.Option("--fresh", help="Start over at step 0, even if there are checkpoints; they are put aside."),
@@ -286,12 +292,15 @@ def resume(
 
     For a run that was stopped, failed or interrupted; it is followed to its end. Ctrl-C and the exit codes are as in
     `launch`. With backend slurm another job is submitted.
+
+    More ranks or fewer may go on: after the hostfile has changed, or with --set launch.processes=4, launch.nodes=2 and
+    the like, which stays so. The audio in an optimizer step stays the same, and no utterance is repeated or lost.
     """
     from launcher import start
     from launcher.rundir import Run
 
     _refuse_both(debug, detach)
-    code = start.resume(Run(run), fresh=fresh, debug=debug, in_allocation=in_allocation, detach=detach)
+    code = start.resume(Run(run), overrides, fresh=fresh, debug=debug, in_allocation=in_allocation, detach=detach)
     raise typer.Exit(code)
 
 
@@ -324,6 +333,22 @@ def why(
         ui.answer(json.dumps(value.to_json(), indent=1))
     else:
         views.why(value)
+
+
+@app.command()
+def audit(run: RunPath, as_json: AsJson = False) -> None:
+    """Prove that sealed work saw each utterance of each epoch exactly once.
+
+    Follows what every rank wrote down, over all attempts and numbers of ranks. Exit codes: 0 it is so, 5 it is not, and
+    the first place where it is not is named.
+    """
+    from launcher import audit as audits
+    from launcher import ui
+    from launcher.rundir import Run
+
+    value = audits.audit(Run(run))
+    ui.answer(json.dumps(value.to_json(), indent=1) if as_json else "\n".join(value.lines()))
+    value.complain()
 
 
 @app.command()
@@ -442,6 +467,41 @@ def evaluate(
             f"{title}: WER {row['wer']:.2%} ({row['substitutions']} sub, {row['insertions']} ins,"
             f" {row['deletions']} del of {row['words']} words in {row['utterances']} utterances)"
         )
+
+
+@checkpoint_app.command("reshard")
+def checkpoint_reshard(
+    run: RunPath,
+    step: Annotated[str, typer.Argument(metavar="STEP", help="best, last, or a step.", show_default=False)],
+    ranks: Annotated[int, typer.Option(min=1, help="So many ranks are to go on.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Find out now whether another number of ranks can go on from a checkpoint.
+
+    Reads all of it as they would, and checks that nothing of the model is missing. Writes nothing: `resume` needs no
+    copy in another form, and does the same by itself.
+    """
+    from launcher import recipe_file, report, ui, verbs
+    from launcher.ownership import refuse_foreign
+    from launcher.rundir import Run
+
+    where = Run(run)
+    number = report.sealed_step(where, step)
+    refuse_foreign(where)
+    answer = verbs.answer_of("reshard", str(where.root), "--step", str(number), "--ranks", str(ranks))
+    if as_json:
+        ui.answer(json.dumps(answer, indent=1))
+        return
+    left = (
+        ui.counted(answer["steps_left_in_epoch"], "step"),
+        ui.counted(answer["utterances_left_in_epoch"], "utterance"),
+    )
+    ui.answer(
+        f"step {number}: {ui.counted(ranks, 'rank')} can go on where {answer['saved_by']} stopped, in epoch"
+        f" {answer['epoch']} with {left[0]} left of {left[1]}; accumulation {answer['accumulation']}"
+    )
+    if recipe_file.load(where.resolved).launch.backend == "local":
+        ui.commands_next([f"speechctl resume {shlex.quote(str(where.root))} --set launch.processes={ranks}"])
 
 
 @app.command()

@@ -23,15 +23,15 @@ class Follower:
     def once(self) -> None:
         fresh: list[dict[str, Any]] = []
         for path, offset in self.offsets.items():
-            if not path.exists():
-                continue
-            with path.open("rb") as file:
+            data = b""
+            with suppress(OSError), path.open("rb") as file:  # a file server has its moments; what is new comes later
                 file.seek(offset)
                 data = file.read()
             whole = data[: data.rfind(b"\n") + 1]
             self.offsets[path] = offset + len(whole)
             for line in whole.splitlines():
-                with suppress(ValueError):  # progress is not worth a run
-                    fresh.append(json.loads(line))
-        for row in sorted(fresh, key=lambda r: float(r["time"])):
+                with suppress(ValueError, KeyError, TypeError):  # progress is not worth a run
+                    row = json.loads(line)
+                    fresh.append({**row, "time": float(row["time"])})
+        for row in sorted(fresh, key=lambda r: r["time"]):
             self.tell(row)

@@ -327,13 +327,8 @@ def allocation(run: Run, recipe: Recipe, plan: Plan) -> list[Host]:
             hint="launch it with --backend slurm and a run_dir of its own",
         )
     found = expand_nodelist(names)
-    if len(found) != len(plan.hosts):
-        raise UsageError(
-            f"{run.root} was launched for {len(plan.hosts)} nodes; job {job} has {len(found)}: {names}",
-            hint=f"sbatch --nodes={len(plan.hosts)}; another number of ranks cannot take over a run yet",
-        )
     record_here(run)
-    return [Host(name, host.slots) for name, host in zip(found, plan.hosts, strict=True)]
+    return [Host(name, plan.hosts[0].slots) for name in found]
 
 
 def record_here(run: Run) -> dict[str, Any]:

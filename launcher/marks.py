@@ -18,6 +18,9 @@ VARIABLE = "SPEECHCTL_MARKS"
 Phase = Literal["start", "step", "evaluate", "save"]
 """What a deadline is for. An evaluation batch has that of a step."""
 
+END = "end"
+"""The last mark: what comes after it is no failure of the training."""
+
 SLOT = struct.Struct("<Qqii12s28s")
 
 

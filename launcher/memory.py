@@ -19,11 +19,15 @@ NO_LIMIT = 2**60
 
 
 class Watch:
-    """The counters that matter to these processes, against what they were when each was first seen."""
+    """The counters that matter to these processes, against what they were shortly before the first of them ended: a
+    cgroup counts for ever, and programs of other people may be in it."""
 
     def __init__(self) -> None:
-        self.machine_base = machine_kills()
+        self.machine_base = self.machine_last = machine_kills()
         self.base: dict[str, int | None] = {}
+        self.last: dict[str, int | None] = {}
+        """At the last look at which all lived. The base is from the look before that one: a process that the kernel has
+        just ended looks alive for a moment."""
         self.peaks: dict[str, int] = {}
 
     def look(self, pids: Mapping[str, int]) -> dict[str, Any]:
@@ -32,20 +36,26 @@ class Watch:
             pids: the processes by what to call them, such as their ranks.
 
         Returns:
-            `oom_kills` in their cgroups since the first look, `oom_kills_on_machine` where the former may have missed
+            `oom_kills` in their cgroups since then, `oom_kills_on_machine` where the former may have missed
             some, `limit` (the lowest of their cgroups; absent where there is none), `machine` (its memory) and
             `peak_rss` by name; all in bytes.
         """
+        all_live = True
         for name, pid in pids.items():
             if (group := cgroup(pid)) is not None and str(group) not in self.base:
-                self.base[str(group)] = kills(group)
-            if (peak := status(pid).get("VmHWM")) is not None:
+                self.base[str(group)] = self.last[str(group)] = kills(group)
+            now = status(pid)
+            all_live = all_live and "VmRSS" in now
+            if (peak := now.get("VmHWM")) is not None:
                 self.peaks[name] = peak
+        if all_live:
+            self.base, self.last = self.last, {group: kills(Path(group)) for group in self.last}
+            self.machine_base, self.machine_last = self.machine_last, machine_kills()
         limits = [limit(Path(group)) for group in self.base]
         known = [value for value in limits if value is not None]
         counters = {"base": self.base, "machine_base": self.machine_base, "boot": boot()}
-        facts = {"machine": psutil.virtual_memory().total, "peak_rss": self.peaks, "counters": counters}
-        return look_again({**facts, **({"limit": min(known)} if known else {})})
+        told = {"machine": psutil.virtual_memory().total, "peak_rss": self.peaks, "counters": counters}
+        return look_again({**told, **({"limit": min(known)} if known else {})})
 
 
 def look_again(facts: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
 
     names = ("speechctl", "torch", "torchaudio", "deepspeed", "accelerate", "transformers", "mosaicml-streaming")
     return {
+        "id": secrets.token_hex(16),
         "command": [redact.current.text(word) for word in sys.argv],
         "code": {"revision": git("rev-parse", "HEAD") or None, "changed": git("status", "--porcelain").splitlines()},
         "packages": {n: metadata.version(n) for n in names},
@@ -94,8 +96,10 @@ def refuse_edited(run: Run) -> None:
     Raises:
         UsageError: resolved.yaml is not what the run was launched with; half a run would be of another recipe.
     """
-    recorded = (rundir.read_json(run.provenance) or {}).get("resolved")
-    if recorded is not None and recorded != rundir.digest_file(run.resolved):
+    known = rundir.read_json(run.provenance) or {}
+    recorded = known.get("resolved")
+    # One from before is that of a resume which was killed while it wrote another.
+    if recorded is not None and rundir.digest_file(run.resolved) not in (recorded, *known.get("resolved_before", [])):
         raise UsageError(
             f"{run.resolved} was changed after the run was launched",
             hint="restore it; for other values launch another run, with --set run_dir=…",

@@ -48,6 +48,16 @@ OVER = b"over\n"
 ANOTHER = "another node had ended"
 """Why a node ends its ranks that was asked to because another one failed."""
 
+STOP = "a stop was asked for"
+"""The same, where the run's file that asks for it was there."""
+
+SILENCE = "nothing was heard of the launcher"
+"""How it begins where the launcher's lease was not renewed."""
+
+AFTER_DEATH_S = 5.0
+"""How long the ranks beside one that died may take to say what they saw. They cannot seal without it, and where they
+are blocked in a library they never hear torchrun's SIGTERM; torchrun itself would wait for 30 s."""
+
 NODE_SCRIPT = """\
 #!/usr/bin/env bash
 # Starts this attempt's ranks on one node. Argument: the rank of the node, from 0.
@@ -95,7 +105,11 @@ class Node:
         """Why the ranks were asked to end, where they were."""
         self.killed: str | None = None
         """Why this process killed them, where it did."""
+        self.culprit = node_rank
+        """The node that an error of this one is about."""
         self.told: set[int] = set()
+        self.silenced: set[int] = set()
+        """Ranks that were killed because another one had died."""
         self.files = Files(attempt)
         self.vitals = Vitals(attempt, node_rank, self.hosts)
         self.record: dict[str, Any] = {"node_rank": node_rank, "host": socket.gethostname(), "pid": os.getpid()}
@@ -135,7 +149,12 @@ class Node:
                 raise HostError(
                     f"{self.host.name} was told to end before the ranks met", hint="look at the other nodes' logs"
                 )
-        raise HostError(f"node {self.node_rank} found no {self.attempt.rendezvous}", hint="look at the head node's log")
+        self.culprit = 0
+        raise HostError(
+            f"{self.hosts[0].name}, the head node, has not said where the ranks meet: {self.host.name} found no"
+            f" {self.attempt.rendezvous} in {self.env['rendezvous_timeout_s']:g} s",
+            hint=f"look at {self.attempt.node_log(0)}; a node that is only slow has launch.deadlines.start",
+        )
 
     def variables(self, meeting: dict[str, Any]) -> dict[str, str]:
         """The whole environment of the ranks: the attempt's, and what only this machine can say."""
@@ -179,7 +198,8 @@ class Node:
         except SpeechctlError as error:
             print(error.render(), file=sys.stderr)
             message, hint = map(redact.current.text, (error.message, error.hint))
-            self.record["error"] = {"message": message, "hint": hint, "code": int(error.exit_code)}
+            about = {"code": int(error.exit_code), "node_rank": self.culprit}
+            self.record["error"] = {"message": message, "hint": hint, **about}
             redact.finish_output()
             self._write_record(returncode=1)
             return 1
@@ -203,35 +223,40 @@ class Node:
         return 0 if returncode == 0 else 1
 
     def _write_record(self, returncode: int | None) -> None:
-        ended = {"returncode": returncode, "asked": self.asked, "killed": self.killed, "time": time.time()}
+        ended: dict[str, Any] = {"returncode": returncode, "asked": self.asked, "killed": self.killed}
+        ended |= {"silenced": sorted(self.silenced), "time": time.time()}
         rundir.write_json(self.attempt.node(self.node_rank), {**self.record, **ended})
 
     def _watch(self, torchrun: subprocess.Popen[bytes]) -> int:
         self.files.follow()
         self.vitals.follow()
-        deadline = math.inf
+        deadline = death = math.inf
         grace_s, lease_s = self.env["stop_grace_s"], self.env["lease_s"]
         while torchrun.poll() is None:
             self._listen(0.2)
             if self.asked is None and self.files.over:
                 self.asked = ANOTHER
-            if self.asked is None and lease_s is not None and self.files.unchanged_s() > lease_s:
-                self.asked = f"nothing was heard of the launcher for {lease_s:g} s"
+            if self.asked is None and lease_s is not None and self.files.unchanged_s > lease_s:
+                self.asked = f"{SILENCE} for {lease_s:g} s"
             if self.asked is not None:
                 self._ask_ranks(torchrun)
             stop = self.files.stop_requested
             if deadline == math.inf and (stop or self.asked is not None):
                 deadline = time.monotonic() + grace_s
             if time.monotonic() > deadline:
-                why = self.asked or "a stop was asked for"
+                why = self.asked or STOP
                 self.killed = f"{why}, and launch.stop_grace, {grace_s:g} s, was over"
             elif self.told_to_kill:
                 self.killed = "the launcher was told to end at once"
             if self.killed is not None:
                 kill_family()
                 break
+            if death == math.inf and self.vitals.one_died():
+                death = time.monotonic()
+            if time.monotonic() - death > AFTER_DEATH_S:
+                self._silence_ranks(torchrun)
         if self.asked is None and self.files.stop_requested:
-            self.asked = "a stop was asked for"
+            self.asked = STOP
         return torchrun.wait()
 
     def _terminated(self, *_: object) -> None:
@@ -266,6 +291,14 @@ class Node:
                     self.told.add(rank.pid)
                     rank.terminate()
 
+    def _silence_ranks(self, torchrun: subprocess.Popen[bytes]) -> None:
+        """SIGKILL to the ranks that are left, and not to torchrun, which then says in the log how each ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(torchrun.pid).children():
+                if rank.pid in self.vitals.pids() - self.silenced and _is_running(rank):
+                    self.silenced.add(rank.pid)
+                    rank.kill()
+
 
 class Files:
     """What the launcher says through files, looked at in a thread of its own: where the file system hangs, so does
@@ -276,24 +309,25 @@ class Files:
         self.stop_requested = False
         self.over = False
         self._lease = b""
-        self._changed = time.monotonic()
+        self.unchanged_s = 0.0
+        """How long the lease has stayed the same. By this machine's monotonic clock, since hosts do not agree on the
+        time, and only as far as somebody was there to say so: a file server may be silent for longer than a lease."""
 
     def follow(self) -> None:
-        self._changed = time.monotonic()
         threading.Thread(target=self._follow, daemon=True).start()
 
-    def unchanged_s(self) -> float:
-        """How long the lease has stayed the same, by this machine's monotonic clock: hosts do not agree on the time."""
-        return time.monotonic() - self._changed
-
     def _follow(self) -> None:
+        looked = time.monotonic()
         while True:
             with contextlib.suppress(OSError):
                 self.stop_requested = rundir.there(self.attempt.run.stop_request)
                 lease = self.attempt.lease.read_bytes()  # opened anew: NFS then asks its server
                 self.over = lease == OVER
                 if lease != self._lease:
-                    self._lease, self._changed = lease, time.monotonic()
+                    self._lease, self.unchanged_s = lease, 0.0
+            now = time.monotonic()
+            self.unchanged_s += min(now - looked, 1.0)
+            looked = now
             time.sleep(0.2)
 
 

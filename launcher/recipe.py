@@ -226,7 +226,17 @@ class Checkpoint(Section):
     """Seal a checkpoint after every so many steps; also at every new best WER, at a stop and at the end."""
 
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """How many of the newest to keep, beside the best."""
+    """How many of the newest to keep. Only those that verify count, here and below."""
+
+    keep_best: Annotated[int, Field(ge=1)] = 1
+    """How many of those with the lowest WER to keep besides."""
+
+    keep_every_steps: Annotated[Count, Field(ge=1, examples=["10k"])] | None = None
+    """Keep every checkpoint of a step that this divides. Default: none for that reason alone."""
+
+    asynchronous: Annotated[bool, Field(strict=True)] = True
+    """Copy the state to host memory and train on while it is written, hashed and sealed. Takes as much host memory on
+    each rank as its share of a checkpoint has bytes. Off: training waits until it is sealed."""
 
 
 class Recipe(Section):

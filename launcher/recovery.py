@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher import failure, rundir
-from launcher.failure import Failure
+from launcher import cause, rundir
+from launcher.failure import Failure, resume
 from launcher.hosts import Host
 from launcher.recipe_launch import Relaunch
 from launcher.rundir import Attempt, Run
@@ -51,19 +51,25 @@ def decide(past: Sequence[Past], failed: Failure, relaunch: Relaunch, *, can_mov
         past: all attempts, oldest first; the last is the one that `failed`.
         can_move: a spare host can take the place of the one that failed.
     """
-    in_vain = 0
-    for one in reversed(past):
-        if one.progressed:
-            break
-        in_vain += 1
-        if one.by_hand:
-            break
+    in_vain = attempts_in_vain(past)
     began_before = len(past) > 1 and not past[-1].by_hand
     # A host that refused at the first attempt refuses at the second; one that is lost and then refuses is starting up.
     again = failed.verdict == "again" or (failed.kind == "host refused" and (can_move or began_before))
     if not again or in_vain >= relaunch.attempts:
         return Decision(None, in_vain if again else 0)
     return Decision(min(relaunch.wait * 2.0 ** max(0, in_vain - 1), LONGEST_WAIT_S), in_vain)
+
+
+def attempts_in_vain(past: Sequence[Past]) -> int:
+    """How many in a row ended without a new checkpoint, since a person last asked for one."""
+    count = 0
+    for one in reversed(past):
+        if one.progressed:
+            break
+        count += 1
+        if one.by_hand:
+            break
+    return count
 
 
 def no_progress(run: Run, last: Failure, in_vain: int) -> Failure:
@@ -76,6 +82,20 @@ def no_progress(run: Run, last: Failure, in_vain: int) -> Failure:
         hint=f"look into that first; then `speechctl resume {run.root}` counts anew",
         cause=last.to_json(),
     )
+
+
+def exhausted(run: Run, relaunch: Relaunch) -> Failure | None:
+    """What ends a run that would go on without a person, as a requeued job does, and has been tried often enough: its
+    launcher may have been lost each time, or the time limit may have come before the first seal."""
+    tried = past(run)
+    in_vain = attempts_in_vain(tried)
+    if in_vain < relaunch.attempts:
+        return None
+    attempt = run.attempts()[tried[-1].number - 1]
+    value = rundir.read_json(attempt.failure)
+    message = f"attempt {attempt.number} was stopped before it had sealed a new step"
+    last = Failure("time limit", message, resume(attempt)) if value is None else Failure.from_json(value)
+    return last if last.kind == "no progress" else no_progress(run, last, in_vain)
 
 
 # On disk -------------------------------------------------------------------------------------------------------------
@@ -104,7 +124,7 @@ def past(run: Run) -> list[Past]:
 def settle(run: Run) -> None:
     """Conclude the attempts that a lost launcher left open. The caller holds the run's lock."""
     for attempt in run.attempts():
-        if (lost := failure.of_lost_launcher(attempt)) is not None:
+        if (lost := cause.of_lost_launcher(attempt)) is not None:
             rundir.write_json(attempt.failure, lost.to_json())
             rows = rundir.read_lines(attempt.supervisor)
             if any(r["event"] == "started" for r in rows) and not any(r["event"] == "ended" for r in rows):

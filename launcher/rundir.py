@@ -14,7 +14,8 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ class Run:
     def checkpoint(self, step: int) -> Path:
         # Eight digits, so that `ls` sorts steps.
         return self.checkpoints / f"step-{step:08d}"
+
+    def pin(self, step: int) -> Path:
+        """Is there where somebody wants that checkpoint kept."""
+        return self.checkpoints / f"step-{step:08d}.pinned"
 
     def sealed_steps(self) -> list[int]:
         """Steps with a manifest in `checkpoints/`, oldest first. Says nothing about whether they verify."""
@@ -158,9 +163,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STORAGE = (*_FULL, errno.ENOENT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
+_need: ContextVar[int | None] = ContextVar("need", default=None)
+
+
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError met while writing `path` into a StorageError that says what the disk had left."""
+def storage_errors(path: Path, need: int | None = None) -> Iterator[None]:
+    """Turn an OSError met while writing `path` into a StorageError that says what the disk had left.
+
+    Args:
+        need: bytes that all of what is being written takes, where that is known; holds for those inside too.
+    """
+    need = _need.get() if need is None else need
+    outer = _need.set(need)
     try:
         yield
     except OSError as error:
@@ -171,10 +185,13 @@ def storage_errors(path: Path) -> Iterator[None]:
             free = f"{stat.f_bavail * stat.f_frsize / 2**20:.1f} MiB and {stat.f_favail} inodes free"
         except OSError:
             free = "free space unknown"
+        needed = "" if need is None else f"{need / 2**20:.1f} MiB needed, "
         raise StorageError(
-            f"cannot write {path}: {error.strerror} ({free})",
+            f"cannot write {path}: {error.strerror} ({needed}{free})",
             hint="make room there, or make it writable; what was sealed before is untouched",
         ) from error
+    finally:
+        _need.reset(outer)
 
 
 def sync_dir(path: Path) -> None:
@@ -362,7 +379,12 @@ def seal(staged: Path, target: Path, facts: Mapping[str, Any], files: Mapping[st
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise UsageError(f"{target} exists already", hint=f"remove {target} or choose another name") from error
             raise
-        sync_dir(target.parent)
+        try:
+            sync_dir(target.parent)
+        except OSError:  # it may not outlive a power cut: take it back
+            with suppress(OSError):
+                os.rename(target, staged)
+            raise
 
 
 def manifest_of(root: Path) -> dict[str, Any]:

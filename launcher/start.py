@@ -21,6 +21,7 @@ from launcher import (
     recipe_file,
     redact,
     report,
+    reshape,
     rundir,
     secret,
     supervise,
@@ -30,6 +31,7 @@ from launcher import (
 )
 from launcher import plan as plans
 from launcher.errors import ExitCode, UsageError
+from launcher.hosts import Host
 from launcher.jobs import Job
 from launcher.plan import Plan
 from launcher.prepare import run as preflight
@@ -53,13 +55,13 @@ DEBUG = (*for_backend("local"), "launch.processes=1", "zero_stage=off")
 """The overrides of a run in one process."""
 
 
-def planned(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
-    """What the recipe comes to on its machines, and the facts that this was made from.
+def planned(value: Recipe, path: Path, machines: list[Host] | None = None) -> tuple[Plan, dict[str, Any]]:
+    """What the recipe comes to on these hosts, or on those that it means, and the facts that this was made from.
 
     Args:
         path: the same recipe, as a file that the worker can read.
     """
-    machines = environment.machines(value)
+    machines = machines or environment.machines(value)
     world_size = sum(h.slots for h in machines)
     told = facts.known(value, world_size)
     if told is None:
@@ -108,12 +110,21 @@ def launch(
         return _attempts(run, value, made, fresh=False, debug=debug)
 
 
-def resume(run: Run, *, fresh: bool, debug: bool, in_allocation: bool, detach: bool) -> int | ExitCode:
-    """Returns the exit code of the command."""
+def resume(
+    run: Run, overrides: list[str], *, fresh: bool, debug: bool, in_allocation: bool, detach: bool
+) -> int | ExitCode:
+    """
+    Args:
+        overrides: of `launch` alone; they stay.
+
+    Returns:
+        the exit code of the command.
+    """
     report.read(run)  # refuses what is no run before anything is written there
     ownership.refuse_foreign(run)
     if detach and follow.is_needed(recipe_file.load(run.resolved).launch.backend):
-        return follow.tell_detached(run, *["--fresh"] * fresh)
+        words = [word for override in overrides for word in ("--set", override)]
+        return follow.tell_detached(run, *["--fresh"] * fresh, *words)
     with (jobs.LockInJob if in_allocation else RunLock)(run, _command()):
         state = report.read(run)
         if state.state == "finished" and state.max_steps in state.sealed and not fresh:
@@ -121,35 +132,47 @@ def resume(run: Run, *, fresh: bool, debug: bool, in_allocation: bool, detach: b
             show(run)
             return ExitCode.FINISHED
         new_run.refuse_edited(run)
-        value = recipe_file.load(run.resolved)
+        reshape.refuse_others(run, overrides)
+        hosts: list[Host] | None = None
+        if in_allocation:
+            before = plans.Plan.from_json(rundir.read_json(run.plan))
+            hosts = jobs.allocation(run, recipe_file.load(run.resolved), before)
+            overrides = [f"launch.nodes={len(hosts)}"] if len(hosts) != len(before.hosts) else []
+        value, made = _go_on(run, overrides, hosts)
         if debug and (value.zero_stage != "off" or value.launch.processes != 1):
             raise UsageError("this run was not launched with --debug", hint=f"`speechctl resume {run.root}`")
-        made = plans.Plan.from_json(rundir.read_json(run.plan))
         if in_allocation:
             fresh = fresh and not jobs.has_begun(run)  # that was in an earlier life of this job
-            made = dataclasses.replace(made, hosts=jobs.allocation(run, value, made))
             try:
                 return _attempts(run, value, made, fresh=fresh, debug=False)
             finally:
                 jobs.leave_exclusions(run, value)
         if value.launch.backend == "slurm":
-            jobs.refuse_second(run)
             return _submitted(run, jobs.submit(run, value, fresh=fresh))
-        machines = environment.machines(value, rundir.avoided(run))
-        _refuse_other_number(run, value, made, machines)
-        made = dataclasses.replace(made, hosts=machines)  # another host may have taken the place of one that died
-        preflight.before_launch(value, machines)
+        preflight.before_launch(value, made.hosts)
         return _attempts(run, value, made, fresh=fresh, debug=debug)
 
 
-def _refuse_other_number(run: Run, value: Recipe, made: Plan, machines: list[Any]) -> None:
-    was, now = (sum(h.slots for h in some) for some in (made.hosts, machines))
-    if was != now:
-        place = "on this machine" if value.launch.hostfile is None else f"by {value.launch.hostfile}"
-        raise UsageError(
-            f"{run.root} was launched with {ui.counted(was, 'rank')}; {place} it would have {ui.counted(now, 'rank')}",
-            hint="resume where as many GPUs can be used; another number of ranks cannot take over a run yet",
-        )
+def _go_on(run: Run, overrides: list[str], hosts: list[Host] | None) -> tuple[Recipe, Plan]:
+    """The run's recipe and plan, for `hosts` or those that it means now; written down where they change."""
+    made = plans.Plan.from_json(rundir.read_json(run.plan))
+    with recipe_file.resolved(run.resolved, overrides) as (value, path):
+        if hosts is None:
+            if value.launch.backend == "slurm":
+                jobs.refuse_second(run)
+                if not overrides:
+                    return value, made
+            hosts = environment.machines(value, rundir.avoided(run))
+        was, now = made.world_size, sum(h.slots for h in hosts)
+        reshape.refuse_unasked(run, value, was, hosts)
+        if was == now and not overrides:
+            # Another host may have taken the place of one that died.
+            return value, dataclasses.replace(made, hosts=hosts)
+        made, _ = planned(value, path, hosts)
+        reshape.record(run, path, made)
+        if was != now:
+            ui.say(f"{run.root} goes on with {ui.counted(now, 'rank')}; it had {was}")
+        return value, made
 
 
 def stop(run: Run, *, wait: bool) -> None:

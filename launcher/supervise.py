@@ -20,9 +20,10 @@ from typing import Any
 
 from launcher import environment, hang, memory, ownership, recovery, redact, rundir, secret
 from launcher.backends import BACKENDS
+from launcher.cause import conclude
 from launcher.errors import ExitCode, HostError
 from launcher.events import Follower, Tell
-from launcher.failure import Failure, conclude, read_progress, resume
+from launcher.failure import Failure, read_progress, resume
 from launcher.node import DUMP, END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
 from launcher.plan import Plan
 from launcher.recipe import Recipe
@@ -47,8 +48,12 @@ def to_the_end(
     """
     with interrupts() as received:
         while True:
-            wait_for_the_last(run, recipe.launch.stop_grace)
+            if not wait_for_the_last(run, recipe.launch.stop_grace, received):
+                return ExitCode.STOPPED
             recovery.settle(run)
+            if not by_hand and (spent := recovery.exhausted(run, recipe.launch.relaunch)) is not None:
+                rundir.write_json(run.attempts()[-1].failure, spent.to_json())
+                return spent.code
             attempt = prepare_attempt(run, recipe.launch, plan, fresh=fresh)
             before = -1 if fresh else recovery.sealed(run)
             job = {"job": os.environ["SLURM_JOB_ID"]} if plan.backend == "slurm" else {}
@@ -75,7 +80,9 @@ def to_the_end(
                     rundir.write_json(attempt.failure, failed.to_json())
                 return failed.code
             if plan.backend == "slurm" and failed.kind in recovery.AT_ITS_HOST:
-                return failed.code  # another job may get another host in its place
+                # Another job may get another host in its place: the code says to queue it again, also where a host
+                # that was lost refuses now, whose own code would not.
+                return ExitCode.INFRASTRUCTURE
             tell(relaunching(attempt, failed, after, decision.wait_s, recovery.used_again(moved, avoided)))
             if not pause(decision.wait_s, run, received):
                 return failed.code
@@ -115,6 +122,9 @@ AFTER_FAILURE_S = 10.0
 """How long the ranks of other nodes may take to end by themselves once a node has failed. They cannot seal without
 its ranks, but they can say what they saw."""
 
+BEFORE_STEPS_S = 3.0
+"""The same before the first step, when there is nothing to seal."""
+
 LET_GO_S = 30.0
 """How long after that a node is waited for that was told to end at once."""
 
@@ -125,6 +135,10 @@ LEASE_RENEWED_S = 2.0
 LEASE_S = 30
 """How long a node hears nothing of the launcher before it takes it for gone. On this machine the closed standard input
 says so at once and for certain, and a launcher that was only suspended may go on."""
+
+
+TO_BE_KILLED_S = 10
+"""How long it may take a node to end ranks that did not end in their grace."""
 
 
 def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Attempt:
@@ -144,7 +158,7 @@ def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Att
         "address": "127.0.0.1" if plan.backend == "local" else None,
         "lease_s": None if plan.backend == "local" else LEASE_S,
         "rendezvous_id": token_hex(16),
-        "rendezvous_timeout_s": 120,
+        "rendezvous_timeout_s": launch.deadlines.start,
         "stop_grace_s": launch.stop_grace,
         "fresh": fresh,
     }
@@ -156,19 +170,21 @@ def prepare_attempt(run: Run, launch: Launch, plan: Plan, *, fresh: bool) -> Att
     return attempt
 
 
-def wait_for_the_last(run: Run, patience_s: float) -> None:
-    """Until no node of the last attempt is alive, as far as a lock on its file says so; but no longer than its ranks
-    have to seal. Those that a lost launcher left behind end by themselves, and may be sealing now."""
+def wait_for_the_last(run: Run, stop_grace_s: float, received: list[int]) -> bool:
+    """Until no node of the last attempt is alive, as far as a lock on its file says so; but no longer than its agents
+    take to miss their launcher and its ranks have to seal. Those that a lost launcher left behind end by themselves,
+    may be sealing now, and hold the memory of their GPUs. False: somebody asked for the end meanwhile."""
     attempts = run.attempts()
     if not attempts or not attempts[-1].alive.exists():
-        return
-    deadline = time.monotonic() + patience_s
+        return True
+    deadline = time.monotonic() + LEASE_S + stop_grace_s + TO_BE_KILLED_S
     with attempts[-1].alive.open("r+b") as file:
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not (received or run.stop_request.exists()):
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return True
             time.sleep(0.1)
+    return not (received or run.stop_request.exists())
 
 
 def run_attempt(
@@ -272,17 +288,16 @@ def watch(
         for k, node in enumerate(nodes):
             if k not in order and node.poll() is not None:
                 order.append(k)
-                note(attempt, "node ended", node=k, returncode=node.returncode)
+                remember(attempt, "node ended", node=k, returncode=node.returncode)
                 if node.returncode == -signal.SIGKILL:
                     look_for_it(attempt, k)
                 if node.returncode != 0 and failed_at == math.inf:
                     over.set()
-                    came_up = rundir.read_json(attempt.node(k)) is not None
-                    failed_at = time.monotonic() - (0 if came_up else AFTER_FAILURE_S)  # else there is nothing to save
+                    failed_at = time.monotonic() + patience(attempt, k) - AFTER_FAILURE_S
         living = [k for k in range(len(nodes)) if k not in order]
         if failed_at == math.inf and ranks.look(living) is not None:
             seen = seen or ranks.explain(living, lambda: say_all(nodes, DUMP))
-            note(attempt, "hang", message=seen.message)
+            remember(attempt, "hang", message=seen.message)
             over.set()
             failed_at = time.monotonic() - AFTER_FAILURE_S  # they would not hear a gentle word
             if seen.kind == "node lost":
@@ -293,10 +308,11 @@ def watch(
                 node.kill() if word is None else say(node, word)
         if len(received) > acted_on:
             acted_on += 1
-            note(attempt, "signal", number=received[acted_on - 1])
+            remember(attempt, "signal", number=received[acted_on - 1])
             if acted_on == 1:
                 tell({"event": "stopping"})
-                request_stop(attempt.run, f"signal {received[0]} to the launcher")
+                if not attempt.run.stop_request.exists():  # or its reason would be lost
+                    request_stop(attempt.run, f"signal {received[0]} to the launcher")
             else:
                 tell({"event": "killing"})
                 seen = seen or by_force(attempt)
@@ -308,6 +324,22 @@ def watch(
     return order, seen
 
 
+def remember(attempt: Attempt, event: str, **facts: Any) -> None:
+    """`note`, where an answer of the file server is not worth a run that goes well."""
+    with suppress(OSError):
+        note(attempt, event, **facts)
+
+
+def patience(attempt: Attempt, node_rank: int) -> float:
+    """How long other nodes' ranks may take to end by themselves once this one has failed."""
+    with suppress(OSError):
+        if not attempt.node(node_rank).exists():
+            return 0.0  # it never came up: there was nothing to do yet
+        if not attempt.metrics.exists():
+            return BEFORE_STEPS_S
+    return AFTER_FAILURE_S
+
+
 def say_all(nodes: list[subprocess.Popen[bytes]], word: bytes) -> None:
     for node in nodes:
         say(node, word)
@@ -317,7 +349,8 @@ def look_for_it(attempt: Attempt, node_rank: int) -> None:
     """Where an agent of this machine was killed, it cannot say any more that memory ran out: look in its place."""
     facts = read_progress(attempt, node_rank)
     if facts.get("memory"):
-        rundir.write_json(attempt.progress(node_rank), {**facts, "memory": memory.look_again(facts["memory"])})
+        with suppress(OSError):
+            rundir.write_json(attempt.progress(node_rank), {**facts, "memory": memory.look_again(facts["memory"])})
 
 
 def by_force(attempt: Attempt) -> Failure:

@@ -159,7 +159,8 @@ class Progress:
 LINES = {
     "started": "all {world_size} ranks are up: {utterances} utterances, from step {step} to {max_steps}",
     "put_aside": "a checkpoint does not verify and was put aside: {problem}",
-    "sealed": "step {step}: sealed a checkpoint in {blocked_s:.1f} s",
+    "sealed": "step {step}: sealed a checkpoint; training waited {blocked_s:.1f} s for it",
+    "trouble_after_seal": "step {step}: sealed a checkpoint, but then: {problem}",
     "save_failed": "step {step}: no checkpoint: {error}; training goes on",
     "stopping": "stopping: the ranks finish their step and seal it (Ctrl-C again ends them at once)",
     "killing": "ending the ranks now; sealed checkpoints stay",

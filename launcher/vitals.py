@@ -23,7 +23,7 @@ import psutil
 
 from launcher import memory, rundir
 from launcher.hosts import Host
-from launcher.marks import VARIABLE, Mark, Slots
+from launcher.marks import END, VARIABLE, Mark, Slots
 from launcher.rundir import Attempt
 
 EVERY_S = 1.0
@@ -55,6 +55,15 @@ class Vitals:
     def dump(self) -> None:
         """Have every rank write its stack, soon."""
         self._wanted.set()
+
+    def pids(self) -> set[int]:
+        """The ranks that have come up."""
+        return {mark.pid for k in range(self.count) if (mark := self.slots.read(k)).pid}
+
+    def one_died(self) -> bool:
+        """Whether a rank is gone that had not come to its end."""
+        marks = [self.slots.read(k) for k in range(self.count)]
+        return any(m.pid and m.at != END and memory.status(m.pid).get("State", "Z") == "Z" for m in marks)
 
     def _follow(self) -> None:
         while True:

@@ -77,7 +77,11 @@ SENTENCES = (
 @pytest.fixture
 def tiny_corpus(tmp_path: Path) -> Path:
     """The root of a LibriSpeech tree: 5 utterances in dev-clean, 12 in train-clean-100; noisy tones, 0.3 to 1.5 s."""
-    root = tmp_path / "LibriSpeech"
+    return make_corpus(tmp_path / "LibriSpeech")
+
+
+def make_corpus(root: Path) -> Path:
+    """What `tiny_corpus` is."""
     random = np.random.default_rng(7)
     for subset, chapters in CHAPTERS.items():
         for (speaker, chapter), count in chapters.items():

@@ -32,6 +32,9 @@ ORDER = (
     "redact",
     "secret",
     "rundir",
+    "sealed",
+    "retention",
+    "committer",
     "facts",
     "ownership",
     "hosts",
@@ -42,7 +45,9 @@ ORDER = (
     "backends",
     "plan",
     "new_run",
+    "reshape",
     "report",
+    "audit",
     "logs",
     "why",
     "vitals",
@@ -50,6 +55,7 @@ ORDER = (
     "account",
     "verbs",
     "failure",
+    "cause",
     "recovery",
     "hang",
     "events",
@@ -79,7 +85,20 @@ ORDER = (
 )
 """The control side. A module imports only modules that stand before it."""
 
-CONTRACT = {"errors", "marks", "recipe", "recipe_file", "recipe_launch", "redact", "rundir"}
+CONTRACT = {
+    *(
+        "committer",
+        "errors",
+        "marks",
+        "recipe",
+        "recipe_file",
+        "recipe_launch",
+        "redact",
+        "retention",
+        "rundir",
+        "sealed",
+    )
+}
 """All of the control side that the worker knows. Both sides write logs, and neither may write a secret there."""
 
 ONLY_IN = {"typer": "cli", "rich": "ui"}

@@ -18,12 +18,24 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ExitCode
-from tests.conftest import RECIPE, Golden, made_run
+from tests.conftest import RECIPE, Golden, made_run, wait_until
 from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
 BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan"], ["evaluate", "export", "transcribe"]
-COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "logs", "attach", "stop", *AFTER]
+COMMANDS = [
+    *BEFORE,
+    "checkpoint reshard",
+    "launch",
+    "resume",
+    "status",
+    "why",
+    "audit",
+    "logs",
+    "attach",
+    "stop",
+    *AFTER,
+]
 
 Transcript = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -194,8 +206,10 @@ def test_stop_asks_and_waits(speechctl: Transcript, tmp_path: Path) -> None:
         done = speechctl("stop", "runs/stub", "--no-wait")
         assert (done.returncode, done.stdout) == (0, f"{run.root}: asked to stop\n")
         assert run.stop_request.exists()
+        run.stop_request.unlink()
         command = [sys.executable, "-m", "launcher.cli", "stop", str(run.root)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stop:
+            wait_until(run.stop_request.exists)
             with pytest.raises(subprocess.TimeoutExpired):
                 stop.wait(1)
             holder.kill()

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from launcher import failure, rundir
+from launcher import cause, rundir
 from launcher.errors import ExitCode
 from launcher.failure import KINDS, Failure
+from launcher.node import SILENCE, STOP
 from launcher.rundir import Attempt, Run
+from launcher.worker.__main__ import lost_peer
 from tests.faults.table import TABLE, Cell
 
 GOLDEN = Path(__file__).parent / "golden" / "torchrun"
@@ -35,7 +37,7 @@ def ended(tmp_path: Path) -> Attempt:
 
 
 def verdict(attempt: Attempt, *returncodes: int, order: tuple[int, ...] = (0, 1)) -> tuple[str, int | None, str]:
-    code = failure.conclude(attempt, returncodes or (1, 1), order)
+    code = cause.conclude(attempt, returncodes or (1, 1), order)
     found = rundir.read_json(attempt.failure)
     assert found["code"] == code == KINDS[found["kind"]][0] and found["hint"] and found["evidence"]
     assert Failure.from_json(found).to_json() == found
@@ -49,8 +51,10 @@ def test_the_table_of_faults_and_the_kinds_of_failure_agree() -> None:
 
 @pytest.mark.parametrize(("code", "returncode"), [(0, 0), (75, 0), (0, 1), (75, 1), (0, -9)])
 def test_exit_json_is_the_truth_once_it_is_there(ended: Attempt, code: int, returncode: int) -> None:
+    ended.run.stop_request.parent.mkdir()
+    ended.run.stop_request.touch()
     rundir.write_json(ended.exit, {"code": code, "step": 5, "sealed_step": 5})
-    assert failure.conclude(ended, [returncode]) == code
+    assert cause.conclude(ended, [returncode]) == code
     assert not ended.failure.exists()
 
 
@@ -62,7 +66,36 @@ def test_ranks_that_sealed_because_a_node_was_lost_are_not_a_stop(ended: Attempt
     ended.failure.unlink()
     ended.run.stop_request.parent.mkdir()
     ended.run.stop_request.touch()
-    assert failure.conclude(ended, [0, -9], (1, 0)) == ExitCode.STOPPED, "here somebody had asked"
+    assert cause.conclude(ended, [0, -9], (1, 0)) == ExitCode.STOPPED, "here somebody had asked"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "culprit"),
+    [
+        ((None, "the node was sent SIGTERM, as by SLURM before it ends a job"), "node lost", "node 1 on b"),
+        ((None, f"{SILENCE} for 30 s"), "node lost", "node 1 on b"),
+        ((f"{SILENCE} for 30 s", f"{SILENCE} for 30 s"), "launcher lost", "all nodes"),
+        ((None, None), "killed", "SIGTERM"),
+    ],
+)
+def test_ranks_that_sealed_though_nobody_asked_for_a_stop_go_on(
+    ended: Attempt, asked: tuple[str | None, ...], kind: str, culprit: str
+) -> None:
+    """A host was rebooted, a rank was sent SIGTERM, a launcher lay suspended: all ranks sealed, the run ended as
+    "stopped on request", and nobody started it again."""
+    rundir.write_json(ended.exit, {"code": 75, "step": 5, "sealed_step": 5})
+    for k in range(2):
+        rundir.write_json(ended.node(k), {"host": "here", **NODE, "returncode": 0, "asked": asked[k]})
+    found, _, message = verdict(ended, 0, 0)
+    assert found == kind and culprit in message
+    assert KINDS[kind][1] == "again"
+    ended.failure.unlink()
+    ended.srun_log(0).touch()
+    if kind != "launcher lost":
+        assert cause.conclude(ended, [0, 0]) == ExitCode.STOPPED, "the batch script has such a job queued again"
+    ended.srun_log(0).unlink()
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "returncode": 0, "asked": STOP})
+    assert cause.conclude(ended, [0, 0]) == ExitCode.STOPPED, "it was asked for, and the file is gone since"
 
 
 @pytest.mark.parametrize("returncode", [0, 1, -9, 127])
@@ -124,6 +157,17 @@ def test_ranks_that_torchrun_ended_are_not_the_cause(ended: Attempt) -> None:
     assert verdict(ended) == ("training", 1, "rank 1 on a: ValueError: boom")
 
 
+def test_ranks_that_their_node_or_torchrun_killed_after_a_death_are_not_the_cause(ended: Attempt) -> None:
+    """All that rank 0 said is that it lost somebody, on the other node; rank 1 was blocked, and killed for that."""
+    record(ended, 0, 1.0, "Connection reset by peer", lost=True, code=76)
+    ended.node_log(1).write_text(summary_of((2, -11, 7)))
+    words = "Unable to shutdown process 6 via SIGTERM, forcefully exiting via SIGKILL\n"
+    for silenced, said in (([6], ""), ([], words)):
+        ended.node_log(0).write_text(said + summary_of((0, 1, 5), (1, -9, 6)))
+        rundir.write_json(ended.node(0), {"host": "here", **NODE, "silenced": silenced})
+        assert verdict(ended, order=(0, 1))[:2] == ("killed", 2)
+
+
 def test_an_abort_for_want_of_a_peer_is_not_the_cause(ended: Attempt) -> None:
     ended.node_log(0).write_text((GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid", "-6 (pid"))
     assert verdict(ended) == ("killed", 1, "rank 1 on a was ended by SIGABRT")
@@ -131,9 +175,62 @@ def test_an_abort_for_want_of_a_peer_is_not_the_cause(ended: Attempt) -> None:
     assert verdict(ended) == ("training", 0, "rank 0 on a: ValueError: boom")
 
 
+def summary_of(*rows: tuple[int, int, int]) -> str:
+    """torchrun's summary of a node's ranks, each (rank, code, pid); the first is its root cause."""
+    made = [f"  rank      : {rank} (local_rank: 0)\n  exitcode  : {code} (pid: {pid}) x\n" for rank, code, pid in rows]
+    return "Failures:\n" + "".join(made[1:]) + "Root Cause (first observed failure):\n" + made[0]
+
+
+def test_an_abort_on_the_node_that_ends_first_is_not_taken_for_the_death_it_followed(ended: Attempt) -> None:
+    """The kernel killed rank 2 for want of memory; NCCL's watchdog then aborted ranks 0 and 1 on the other node, which
+    ended first. The run was said to have been killed by SIGABRT, and was started again into the same end."""
+    ended.node_log(0).write_text(summary_of((0, -6, 5), (1, -6, 6)))
+    ended.node_log(1).write_text(summary_of((2, -9, 7)))
+    memory = {"oom_kills": 1, "limit": 2**34, "peak_rss": {"2": 2**34}}
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "asked": "another node had ended", "memory": memory})
+    assert verdict(ended, order=(0, 1))[:2] == ("host memory", 2)
+
+
+NCCL = "NCCL error in: NCCLUtils.cpp:77, unhandled system error (run with NCCL_DEBUG=INFO for details)"
+
+
+def test_an_error_of_a_connection_is_a_cause_only_where_there_is_no_other(ended: Attempt) -> None:
+    """Rank 2 was killed; rank 0 lost it in words of NCCL that we did not know, and training code was blamed."""
+    record(ended, 0, 1.0, NCCL, type="DistBackendError")
+    ended.node_log(0).write_text(summary_of((0, 1, 5)))
+    assert verdict(ended)[:2] == ("training", 0)
+    ended.node_log(1).write_text(summary_of((2, -9, 7)))
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "asked": "another node had ended"})
+    assert verdict(ended)[:2] == ("killed", 2)
+
+
+def test_peers_that_lost_a_node_whose_torchrun_was_killed_are_not_named(ended: Attempt) -> None:
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "returncode": -9})
+    record(ended, 2, 5.0, "Failed to recv, got 0 bytes. Connection was likely closed.", lost=True, code=76)
+    assert verdict(ended) == ("killed", None, "torchrun of node 0 on a was ended by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("RuntimeError", "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5"),
+        ("RuntimeError", "Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:145] no error"),
+        ("DistBackendError", "NCCL error: remote process exited or there was a network error, NCCL version 2.27.5"),
+        ("DistBackendError", "ncclRemoteError: A call failed possibly due to a network error"),
+        ("DistBackendError", "Last error:\nsocketProgress: Connection closed by remote peer gpu-1<41234>"),
+        ("DistNetworkError", "Failed to recv, got 0 bytes. Connection was likely closed."),
+        ("DistNetworkError", "The client socket has failed to connect to [gpu-1]:29500"),
+        ("DistStoreError", "wait timeout: Broken pipe"),
+    ],
+)
+def test_the_words_for_a_lost_peer_are_known(kind: str, said: str) -> None:
+    assert lost_peer(type(kind, (RuntimeError,), {})(said))
+    assert not lost_peer(ValueError(said)) and not lost_peer(RuntimeError("shapes differ"))
+
+
 def test_a_rank_that_ends_by_its_own_code_is_named_with_it(ended: Attempt) -> None:
     ended.node_log(0).write_text(
-        (GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid: 8762)  (SIGKILL)", "7 (pid")
+        (GOLDEN / "rank-killed.txt").read_text().replace("-9 (pid: 8762)  (SIGKILL)", "7 (pid: 8762)")
     )
     ended.rank_log(1).write_text("loading\nlicence server said no\n")
     assert verdict(ended) == (
@@ -194,6 +291,53 @@ def test_nodes_that_were_ended_because_another_failed_are_no_cause(ended: Attemp
     assert verdict(ended)[2] == "the ranks of node 0 on a ended without a word: RuntimeError: no more threads"
 
 
+def over_ssh(attempt: Attempt, *said: str) -> None:
+    for k, words in enumerate(said):
+        attempt.ssh_log(k).write_text(words)
+
+
+def test_a_node_that_failed_first_comes_before_one_that_was_still_on_its_way(ended: Attempt) -> None:
+    """The login to b took long, and we killed it when a had failed: "cannot start a node on b"."""
+    over_ssh(ended, "", "")
+    ended.node(1).unlink()
+    error = {"message": "a shows 1 GPU(s)", "hint": "set slots=1", "code": 4, "node_rank": 0}
+    rundir.write_json(ended.node(0), {"host": "here", **NODE, "error": error})
+    for returncode in (-9, 255):
+        assert verdict(ended, 1, returncode, order=(0, 1)) == ("preflight", None, "a shows 1 GPU(s)")
+    assert verdict(ended, 1, 255, order=(1, 0))[0] == "host refused"
+    rundir.write_json(ended.node(0), {"host": "here", **NODE})
+    assert verdict(ended, 1, 255, order=(0, 1))[0] == "host refused"
+    record(ended, 0, 1.0, "boom")
+    assert verdict(ended, 1, 255, order=(0, 1))[0] == "training"
+
+
+def test_the_head_that_was_waited_for_is_named(ended: Attempt) -> None:
+    """The node that had waited for it was blamed, and left out of the next attempts."""
+    error = {"message": "a, the head node, has not said", "hint": "look", "code": 3, "node_rank": 0}
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "error": error})
+    verdict(ended, order=(1, 0))
+    found = rundir.read_json(ended.failure)
+    assert (found["host"], found["node_rank"]) == ("a", 0)
+    assert found["evidence"] == [str(ended.node_log(0)), str(ended.node_log(1))]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("client_loop: send disconnect: Broken pipe", "lost b: {}"),
+        ("Timeout, server b not responding.", "lost b: {}"),
+        ("Connection to b closed by remote host.", "lost b: {}"),
+        ("Read from remote host b: Connection reset by peer", "lost b: {}"),
+        ("** The server may need to be upgraded.", "the agent of node 1 on b was ended by a signal, and its ranks wi"),
+    ],
+)
+def test_a_banner_is_no_sign_of_a_lost_host(ended: Attempt, said: str, message: str) -> None:
+    """Any text in ssh's log made of an agent that was killed "lost b: ** The server may need to be upgraded"."""
+    over_ssh(ended, "", f"Welcome to b\n{said}\nHave a nice day\n")
+    rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": None})
+    assert verdict(ended, 1, 255, order=(1, 0))[2].startswith(message.format(said))
+
+
 def test_torchrun_itself_can_be_killed(ended: Attempt) -> None:
     rundir.write_json(ended.node(1), {"host": "here", **NODE, "returncode": -9})
     assert verdict(ended, 0, 1) == ("killed", None, "torchrun of node 1 on b was ended by SIGKILL")
@@ -229,13 +373,13 @@ def test_memory_that_ran_out_is_told_from_other_kills(ended: Attempt) -> None:
 
 
 def test_a_lost_launcher_is_told_from_an_end_that_somebody_asked_for(ended: Attempt) -> None:
-    lost = failure.of_lost_launcher(ended)
+    lost = cause.of_lost_launcher(ended)
     assert lost is not None and (lost.kind, lost.code) == ("launcher lost", ExitCode.INFRASTRUCTURE)
     assert lost.message == "the launcher of attempt 1 went away without a word"
     rundir.write_json(ended.exit, {"code": 75, "step": 5, "sealed_step": 5})
-    assert failure.of_lost_launcher(ended) is None
+    assert cause.of_lost_launcher(ended) is None
     rundir.write_json(ended.node(0), {"host": "here", **NODE, "asked": "the launcher went away"})
-    lost = failure.of_lost_launcher(ended)
+    lost = cause.of_lost_launcher(ended)
     assert lost is not None and lost.message.endswith("; its ranks sealed step 5 and ended")
     rundir.write_json(ended.failure, lost.to_json())
-    assert failure.of_lost_launcher(ended) is None
+    assert cause.of_lost_launcher(ended) is None

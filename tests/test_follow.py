@@ -228,7 +228,7 @@ def test_what_was_before_is_told_in_a_few_lines(stub: Stub) -> None:
     with held(run, "speechctl launch stub.yaml"), attached(stub):
         wait_until(lambda: heard(stub).count("\n") == 6)
     lines = heard(stub).splitlines()
-    assert lines[:5] == [f"step {step}: sealed a checkpoint in 1.0 s" for step in range(996, 1001)]
+    assert lines[:5] == [f"step {step}: sealed a checkpoint; training waited 1.0 s for it" for step in range(996, 1001)]
     assert lines[5].startswith("step 1000/6  epoch 0")
 
 

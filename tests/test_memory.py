@@ -67,12 +67,34 @@ def test_the_kills_of_others_on_the_machine_are_not_ours(tmp_path: Path, monkeyp
     machine had run out of memory at that time."""
     (tmp_path / "memory.events").write_text("oom_kill 0\n")
     monkeypatch.setattr(memory, "cgroup", lambda pid: tmp_path)
-    monkeypatch.setattr(memory, "machine_kills", iter([10, 11]).__next__)
+    monkeypatch.setattr(memory, "machine_kills", lambda: 10)
     watch = memory.Watch()
     assert watch.look({"0": os.getpid()})["oom_kills_on_machine"] == 0
     (tmp_path / "memory.events").unlink()
+    monkeypatch.setattr(memory, "machine_kills", lambda: 11)
     seen = watch.look({"0": os.getpid()})
     assert (seen["oom_kills"], seen["oom_kills_on_machine"]) == (0, 1), "where the cgroup cannot say, the machine may"
+
+
+def test_what_the_kernel_did_long_before_a_death_is_not_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program in the cgroup had run out of memory days ago; a rank that somebody killed was then called out of
+    memory, and not started again."""
+    counter = tmp_path / "memory.events"
+    counter.write_text("oom_kill 0\n")
+    monkeypatch.setattr(memory, "cgroup", lambda pid: tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as rank:
+        watch = memory.Watch()
+        watch.look({"0": rank.pid})
+        counter.write_text("oom_kill 1\n")
+        for _ in range(3):
+            watch.look({"0": rank.pid})
+        rank.kill()
+        rank.wait()
+        assert watch.look({"0": rank.pid})["oom_kills"] == 0
+        counter.write_text("oom_kill 2\n")
+        assert watch.look({"0": rank.pid})["oom_kills"] == 1, "and nothing is forgotten from then on"
 
 
 @pytest.mark.parametrize(

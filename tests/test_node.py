@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher import rundir
+from launcher import account, cause, rundir
 from launcher.errors import ExitCode, HostError
 from launcher.hosts import Host
 from launcher.marks import VARIABLE
@@ -173,15 +173,31 @@ def test_the_launcher_can_ask_for_a_gentle_end_and_for_one_at_once(stub: Stub) -
 def test_a_launcher_that_renews_no_lease_is_taken_for_gone(stub: Stub) -> None:
     """A cable that is out closes no standard input."""
     attempt = stub.attempt(stop_grace_s=100)
-    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 0.8})
-    with node(stub, attempt) as process:
-        for beat in range(20):
-            attempt.lease.write_text(str(beat))
+    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 2})
+    with node(stub, attempt, ranks=0) as process:
+        began, beat = time.monotonic(), 0
+        while time.monotonic() - began < 3 or not attempt.events.exists():
+            attempt.lease.write_text(str(beat := beat + 1))
             time.sleep(0.1)
         assert process.poll() is None
-        assert gone(stub.pids(), within_s=5)
-        assert process.wait(5) == 0
-    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 0.8 s"
+        assert process.wait(20) == 0
+        assert gone(stub.pids(), within_s=0)
+    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 2 s"
+
+
+def test_a_file_server_that_does_not_answer_is_no_launcher_that_is_gone(stub: Stub) -> None:
+    """One that starts again is silent for longer than a lease, and healthy runs were ended by that."""
+    attempt = stub.attempt(stop_grace_s=100)
+    rundir.write_json(attempt.env, {**rundir.read_json(attempt.env), "lease_s": 1.5})
+    os.mkfifo(attempt.lease)  # who reads it waits
+    with node(stub, attempt) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        with attempt.lease.open("w") as lease:
+            lease.write("1\n")
+        attempt.lease.unlink()
+        assert process.wait(20) == 0
+    assert rundir.read_json(attempt.node(0))["asked"] == "nothing was heard of the launcher for 1.5 s"
 
 
 def test_a_node_that_no_word_reaches_reads_that_the_lease_is_over(stub: Stub) -> None:
@@ -203,6 +219,33 @@ def test_ranks_end_with_their_parents_whatever_kills_those(stub: Stub, victim: s
         os.kill(process.pid if victim == "node" else torchrun, signal.SIGKILL)
         assert gone(pids, within_s=5)
         assert process.wait(5) == (-9 if victim == "node" else 1)
+
+
+def test_a_death_is_seen_although_the_other_ranks_hear_nothing(stub: Stub) -> None:
+    """Blocked in a library, at the start, they never look whether SIGTERM came, and torchrun waits for 30 s. What it
+    says of those that were killed for that is no cause."""
+    stub.behave("deaf", "kill 0.5", patience_s=30)
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        began = time.monotonic()
+        assert process.wait(20) == 1
+        assert time.monotonic() - began < 15
+        assert gone(stub.pids(), within_s=0)
+    record = rundir.read_json(attempt.node(0))
+    assert record["killed"] is None and record["silenced"] == [rundir.read_json(attempt.rank(0))["pid"]]
+    assert account.of_torchrun(attempt.node_log(0)) == [(1, -9), (0, -9)]
+    rundir.write_json(attempt.rank_failure(1), {"rank": 1, "time": 1.0, "lost_peer": True, "message": "", "type": ""})
+    assert cause.conclude(attempt, [1]) == 76
+    assert rundir.read_json(attempt.failure)["rank"] == 1
+
+
+def test_a_rank_that_came_to_its_end_is_no_death(stub: Stub) -> None:
+    """The others may be sealing, and have the time for it."""
+    stub.behave("deaf 5", "deaf 350")
+    attempt = stub.attempt(stop_grace_s=100)
+    with node(stub, attempt) as process:
+        assert process.wait(30) == 0
+    assert rundir.read_json(attempt.node(0))["silenced"] == []
 
 
 def test_what_a_rank_started_ends_with_the_ranks(stub: Stub) -> None:
@@ -232,8 +275,9 @@ def test_another_node_waits_for_the_head_node_and_says_what_it_waited_for(stub: 
     rundir.write_json(attempt.hosts, [{"name": "a", "slots": 1}, {"name": "b", "slots": 1}])
     head, other = Node(attempt, 0), Node(attempt, 1)
     other.stdin_is_open = False  # it is pytest's
-    with pytest.raises(HostError, match=r"node 1 found no .*rendezvous\.json"):
+    with pytest.raises(HostError, match=r"a, the head node, has not said .*: b found no .*rendezvous\.json in 0\.3 s"):
         other.meet()
+    assert other.culprit == 0, "the one that waited is not to be avoided for that"
     meeting = head.meet()
     assert other.meet() == meeting
     assert 1024 <= meeting["port"] < 65536 and meeting["address"] == "127.0.0.1"

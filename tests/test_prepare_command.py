@@ -83,6 +83,17 @@ def test_64_hosts_most_of_them_slow_or_dead(simulated: Simulated) -> None:
     count("hosts", 64)
 
 
+def test_what_a_launch_would_refuse_is_said(simulated: Simulated) -> None:
+    simulated.add("fine-1")
+    (simulated.stub.root / "key").touch(mode=0o644)
+    secrets = f"launch.secrets=[HF_MINE, DEPLOY={simulated.stub.root}/key]"
+    done = simulated.prepare("--set", secrets)
+    assert done.returncode == ExitCode.PREFLIGHT
+    said = f"{simulated.stub.root}/key is open to others, with mode 0644"
+    assert "FAIL this machine: launch: the secret HF_MINE: expected in the environment" in done.stdout
+    assert f"\nthe secret DEPLOY: {said}\n     hint: export HF_MINE, or " in done.stdout
+
+
 def test_ctrl_c_waits_for_no_host(simulated: Simulated) -> None:
     simulated.add("fine-1", "silent-1", "silent-2")
     stub = simulated.stub

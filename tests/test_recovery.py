@@ -84,6 +84,29 @@ def test_a_lost_launcher_is_concluded_and_counted(tmp_path: Path) -> None:
     assert recovery.past(run) == [Past(1, -1, -1, True)]
 
 
+@pytest.mark.parametrize("end", ["launcher lost", "time limit"])
+def test_a_job_that_comes_again_and_again_in_vain_is_counted(tmp_path: Path, end: str) -> None:
+    """The launcher was killed in every life of a job, or the time limit came before the first seal: nobody decided
+    anything, and the job was queued again for ever."""
+    run = Run(tmp_path)
+    for k in range(3):
+        assert recovery.exhausted(run, RELAUNCH) is None
+        attempt = run.new_attempt()
+        recovery.note(attempt, "started", sealed=-1, by_hand=k == 0)
+        if end == "time limit":
+            rundir.write_json(attempt.exit, {"code": 75, "step": 0, "sealed_step": -1})
+            recovery.note(attempt, "ended", code=75, sealed=-1)
+        recovery.settle(run)
+    ended = recovery.exhausted(run, RELAUNCH)
+    assert ended is not None and (ended.kind, ended.code) == ("no progress", 78)
+    assert "3 attempts in a row" in ended.message and ended.cause is not None and ended.cause["kind"] == end
+    rundir.write_json(attempt.failure, ended.to_json())
+    assert recovery.exhausted(run, RELAUNCH) == ended, "said once more it is the same"
+    recovery.note(run.new_attempt(), "started", sealed=-1, by_hand=True)
+    recovery.settle(run)
+    assert recovery.exhausted(run, RELAUNCH) is None, "a person looked into it"
+
+
 # Hosts ----------------------------------------------------------------------------------------------------------------
 
 

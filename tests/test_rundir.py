@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from launcher import failure, report, rundir
+from launcher import cause, report, rundir
 from launcher.errors import DataError, ExitCode, SpeechctlError, StorageError, UsageError
 from launcher.node import Files
 from launcher.rundir import MANIFEST, Run, RunLock
@@ -213,7 +213,7 @@ def test_what_another_machine_has_just_written_is_found(tmp_path: Path, like_nfs
         path.write_text('{"code": 0}')
         assert not path.exists(), "as NFS has it"
     assert report.start_of(attempts[0], None, False).state == "finished"
-    assert failure.conclude(attempts[1], [0]) == ExitCode.FINISHED
+    assert cause.conclude(attempts[1], [0]) == ExitCode.FINISHED
     files = Files(attempts[0])
     files.follow()
     deadline = time.monotonic() + 20

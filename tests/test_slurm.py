@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher import environment, failure, jobs, rundir
+from launcher import cause, environment, jobs, rundir
 from launcher.backends import slurm
 from launcher.errors import ExitCode, HostError, InfrastructureError, PreflightError, UsageError
 from launcher.recipe_file import RecipeError, load
@@ -374,7 +374,9 @@ class Inside:
         self.stop = self.run / "control" / "stop"
         for folder in (self.bin, self.stop.parent, self.run / "slurm"):
             folder.mkdir(parents=True)
-        self.program("scontrol", f'echo "$*" >>"{root}/asked"; exit "$(cat "{root}/refuses" 2>/dev/null || echo 0)"')
+        known = f'[ ! -e "{root}/state" ] || cat "{root}/state"'
+        refuses = f'exit "$(cat "{root}/refuses" 2>/dev/null || echo 0)"'
+        self.program("scontrol", f'echo "$*" >>"{root}/asked"; {known}; {refuses}')
         self.program("sleep", "exit 0")
 
     def program(self, name: str, text: str) -> None:
@@ -398,7 +400,7 @@ class Inside:
     @property
     def asked(self) -> list[str]:
         lines = (self.root / "asked").read_text().splitlines()
-        return [line for line in lines if not line.startswith("speechctl resume")]
+        return [line for line in lines if not line.startswith(("speechctl resume", "show job"))]
 
 
 @pytest.fixture
@@ -454,6 +456,30 @@ def test_a_warning_before_the_lock_is_said_again(inside: Inside) -> None:
     done = inside.go("kill -USR2 $script; " + wait + "rm control/stop; " + wait + "exit 75")
     assert done.returncode == 75 and inside.asked == ["requeue 7"]
     assert json.loads(inside.stop.read_text())["why"] == "SLURM: the time limit of this job is near"
+
+
+@pytest.mark.parametrize(
+    ("does", "state", "kind"),
+    [
+        (WARN, "PreemptTime=None", "time limit"),
+        (END, "PreemptTime=2026-11-21T10:00:00", "preempted"),
+        (END, "PreemptTime=None", "stopped by force"),
+    ],
+)
+def test_a_save_that_outlasts_the_grace_ends_for_what_slurm_wanted(
+    inside: Inside, does: str, state: str, kind: str
+) -> None:
+    """The script did not say what it asked for, and the end was laid to a person while the job was queued again."""
+    (inside.root / "state").write_text(f"   PreemptEligibleTime=2026-11-21T09:00:00 {state}\n")
+    said = """echo '{"why": "signal 15 to the launcher"}' >control/stop; """ * (does == END)
+    wait = "until grep -q kind control/stop; do read -rt 0.01 <> <(:); done 2>/dev/null; "
+    inside.go("trap '' TERM; " + said + does + wait + "exit 76")
+    attempt = Run(inside.run).new_attempt()
+    rundir.write_json(attempt.hosts, [{"name": "node1", "slots": 1}])
+    killed = "a stop was asked for, and launch.stop_grace, 120 s, was over"
+    rundir.write_json(attempt.node(0), {"host": "here", "returncode": -9, "asked": None, "killed": killed})
+    cause.conclude(attempt, [1])
+    assert rundir.read_json(attempt.failure)["kind"] == kind
 
 
 def test_the_next_life_keeps_away_from_hosts(inside: Inside) -> None:
@@ -549,7 +575,7 @@ def test_what_srun_says_of_a_node(
         if k == 0 or came_up:
             rundir.write_json(attempt.node(k), {**record, "node_rank": k})
     attempt.srun_log(1).write_text(f"{said}\nsrun: Job step aborted: Waiting up to 7 seconds\n")
-    assert failure.conclude(attempt, [1, returncode], [1, 0]) == code
+    assert cause.conclude(attempt, [1, returncode], [1, 0]) == code
     assert rundir.read_json(attempt.failure)["message"] == message
 
 

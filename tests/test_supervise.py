@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,16 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher import environment, rundir, supervise
+from launcher import environment, recipe_file, recovery, rundir, supervise
+from launcher.backends import BACKENDS
 from launcher.errors import ExitCode
 from launcher.events import Follower
-from launcher.failure import KINDS
+from launcher.failure import KINDS, Failure
+from launcher.hosts import Host
 from launcher.recipe_launch import Launch
+from launcher.rundir import Attempt
 from tests.conftest import Stub, gone, wait_until
 
 
@@ -135,6 +141,19 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
 # Attempt after attempt ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("victim", "kind"), [("agent", "node lost"), ("rank", "killed")])
+def test_a_run_that_nobody_asked_to_stop_goes_on(stub: Stub, victim: str, kind: str) -> None:
+    """A host that went down told its agent by SIGTERM, all ranks sealed, and the run was over: "stopped on request"."""
+    stub.behave("train", "train", then=("train 20", "train 20"))
+    with launched(stub) as process:
+        first = stub.run.attempts()[0]
+        record = first.node(0) if victim == "agent" else first.rank(1)
+        os.kill(rundir.read_json(record)["pid"], signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.FINISHED, stderr
+    assert failure_of(stub)["kind"] == kind and rundir.read_json(first.exit)["code"] == ExitCode.STOPPED
+
+
 def test_ctrl_c_in_the_wait_is_heard(stub: Stub) -> None:
     stub.recipe.write_text(stub.recipe.read_text().replace("wait: 0.1s", "wait: 100s"))
     stub.behave("train", "kill")
@@ -157,9 +176,32 @@ def test_a_person_starts_the_count_anew_and_a_requeued_job_goes_on_counting(stub
     root = str(stub.run.root)
     requeued = {**stub.env, "SLURM_RESTART_COUNT": "1"}
     assert stub.speechctl("resume", root, env=requeued).returncode == ExitCode.NO_PROGRESS
-    assert len(stub.run.attempts()) == 4
+    assert len(stub.run.attempts()) == 3, "it is not even started"
+    assert rundir.read_json(stub.run.attempts()[-1].failure) == last
     assert stub.speechctl("resume", root).returncode == ExitCode.NO_PROGRESS
-    assert len(stub.run.attempts()) == 7
+    assert len(stub.run.attempts()) == 6
+
+
+def test_a_host_that_was_lost_and_then_refuses_has_its_job_queued_again(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slurmd was back before its file system: the attempt ended with 3, which the batch script takes for the end,
+    though another node was to take the place."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    value = recipe_file.load(stub.recipe, ["launch.backend=slurm", "launch.nodes=1", "launch.processes=2"])
+    first = stub.attempt()
+    recovery.note(first, "started", sealed=-1, by_hand=True)
+    rundir.write_json(first.failure, Failure("node lost", "lost n1", "resume", host="n1", node_rank=0).to_json())
+    recovery.note(first, "ended", code=76, sealed=10)
+
+    def refuse(attempt: Attempt, node_rank: int, _: Host) -> subprocess.Popen[bytes]:
+        attempt.srun_log(node_rank).write_text("srun: error: n1: task 0: Exited with exit code 127\n")
+        return subprocess.Popen(["false"], stdin=subprocess.PIPE)
+
+    monkeypatch.setitem(BACKENDS, "slurm", refuse)
+    plan = replace(stub.plan(), backend="slurm", hosts=[Host("n1", 2)])
+    assert supervise.to_the_end(stub.run, value, plan, lambda _: None, by_hand=False) == ExitCode.INFRASTRUCTURE
+    assert rundir.read_json(stub.run.attempts()[1].failure)["kind"] == "host refused"
 
 
 def test_a_fresh_start_that_failed_before_it_began_is_fresh_again(stub: Stub) -> None:
@@ -188,6 +230,21 @@ def test_ranks_that_a_lost_launcher_left_are_waited_for(stub: Stub) -> None:
     assert over - began > 3, "they had their grace"
     assert rundir.read_lines(second.supervisor)[0]["time"] >= over
     assert failure_of(stub)["kind"] == "launcher lost"
+
+
+def test_they_are_waited_for_as_long_as_they_may_take(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a network they first have to miss their launcher. A resume began while they held the GPUs' memory."""
+    monkeypatch.setattr(supervise, "LEASE_S", 0.5)
+    monkeypatch.setattr(supervise, "TO_BE_KILLED_S", 0.3)
+    attempt = stub.attempt()
+    with attempt.alive.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        began = time.monotonic()
+        assert supervise.wait_for_the_last(stub.run, 0.2, [])
+        assert time.monotonic() - began >= 1
+        assert not supervise.wait_for_the_last(stub.run, 100, [signal.SIGINT]), "Ctrl-C is heard meanwhile"
+        stub.run.stop_request.touch()
+        assert not supervise.wait_for_the_last(stub.run, 100, [])
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
@@ -293,3 +350,24 @@ def test_each_line_is_told_once_and_only_when_it_is_whole(stub: Stub) -> None:
     follow.once()
     follow.once()
     assert [row["time"] for row in told] == [1.0, 3.0, 2.0]
+
+
+def test_one_bad_answer_of_the_file_server_is_not_worth_a_run(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single ESTALE while the launcher read what rank 0 reports ended a healthy run with 70."""
+    told: list[dict[str, Any]] = []
+    attempt = stub.attempt()
+    follow = Follower(attempt, told.append)
+    for row in ({"step": 1, "time": 1.0}, {"step": 2}, {"time": None}):
+        rundir.append_line(attempt.metrics, row)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", stale)
+        patch.setattr(rundir, "append_line", stale)
+        follow.once()
+        supervise.remember(attempt, "node ended", node=0)
+        assert told == []
+    follow.once()
+    assert [row["step"] for row in told] == [1]
+
+
+def stale(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")

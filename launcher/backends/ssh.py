@@ -98,6 +98,20 @@ def last_words(attempt: Attempt, node_rank: int) -> str:
     return said[-1] if said else "ssh said nothing"
 
 
+LOST = (
+    r"client_loop|packet_write|Timeout, server|[Rr]ead from remote host|Broken pipe"
+    r"|Connection .*(closed|reset|timed out)"
+)
+"""How ssh says that it lost a connection that stood. Hosts have banners, and shells over there words of their own."""
+
+
+def lost_words(attempt: Attempt, node_rank: int) -> str | None:
+    """What ssh said last of a connection that it lost, if it did."""
+    log = attempt.ssh_log(node_rank)
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if re.search(LOST, line)), None)
+
+
 class Trouble(NamedTuple):
     """Why ssh did not get there."""
 

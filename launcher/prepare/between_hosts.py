@@ -29,6 +29,8 @@ def judge(found: Findings) -> Iterator[Check]:
     yield from _ports(found)
     yield from _data(found)
     yield from _all_reduce(found)
+    for error in found.refused:
+        yield Check("launch", THIS_MACHINE, "fail", error.message, "", error.hint)
 
 
 def _reached(found: Findings) -> Iterator[Check]:

@@ -20,7 +20,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "clock": ("clock",),
     "names": ("look-up", "reverse look-up"),
     "net": ("interface", "ports"),
-    "data": ("packs", "backbone"),
+    "data": ("packs", "backbone", "launch"),
     "left": ("locks", "stale shared memory", "orphans"),
     "sum": ("all-reduce",),
 }

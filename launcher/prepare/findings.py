@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.backends.ssh import Trouble
+from launcher.errors import SpeechctlError
 from launcher.hosts import Host
 from launcher.node import WORKER
 
@@ -124,6 +125,8 @@ class Findings:
     sizes_unknown: str | None = None
     """Why they are None."""
     all_reduce: AllReduce | None = None
+    refused: list[SpeechctlError] = field(default_factory=list)
+    """For what a launch from this machine would be refused, whatever the hosts are like."""
 
     @property
     def reached(self) -> list[Seen]:

@@ -41,6 +41,8 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
     home = os.environ.get("HF_HOME")
     hidden = tuple(environment.secrets(recipe.launch))
     interfaces = ((name, os.environ.get(name)) for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"))
+    kept = recipe.checkpoint
+    for_good = recipe.max_steps // kept.keep_every_steps if kept.keep_every_steps else 0
     return Needs(
         backend=recipe.launch.backend,
         machines=tuple(machines),
@@ -53,7 +55,7 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
         hub=os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None),
         builds=os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(sys.prefix, "torch_extensions"),
         device=recipe.launch.device,
-        keep_checkpoints=recipe.checkpoint.keep_last + 2,
+        keep_checkpoints=kept.keep_last + kept.keep_best + for_good + 1,  # and the one that is being written
         token=f".speechctl-{secrets.token_hex(8)}",
         holder=rundir.holder(run),
         interface_names=tuple((name, value) for name, value in interfaces if value),

@@ -158,7 +158,8 @@ def _memory(found: Findings, seen: Seen) -> Iterator[Check]:
             # The states, or where a GPU has them, the copy of them that a checkpoint is written from.
             needed = found.state_bytes_per_rank * slots
             verdict: Verdict = "fail" if value["available"] < needed else "ok"
-            hint = f"end what else runs on {seen.name}, or give it fewer slots" if verdict == "fail" else ""
+            more = ", or ask for more: launch.slurm.options=[--mem=0]" if found.needs.backend == "slurm" else ""
+            hint = f"end what else runs on {seen.name}, or give it fewer slots{more}" if verdict == "fail" else ""
             yield Check("RAM", seen.name, verdict, has, f"{gib(needed)} for {slots} rank(s)", hint)
     if (value := seen.value("shared_memory")) is not None:
         needed = SHARED_MEMORY_PER_RANK * slots

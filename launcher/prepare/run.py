@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import environment, hosts, verbs
+from launcher import environment, hosts, secret, verbs
 from launcher import plan as plans
 from launcher.errors import ExitCode, HostError, PreflightError, SpeechctlError
 from launcher.hosts import Host
@@ -89,22 +89,37 @@ def prepare(recipe: Recipe, path: Path, *, fix: bool, say: Callable[[str], None]
         say: takes lines for whoever waits.
     """
     with reached_by(recipe, FIX_MINUTES if fix else LOOK_MINUTES, say) as (machines, argv):
-        sizes = planned_sizes(path, recipe, machines)
+        sizes, refused = planned_sizes(path, recipe, machines), refusals(recipe)
         with Crew(needs_of(recipe, machines), argv) as crew:
-            result = examine(crew, sizes)
+            result = examine(crew, sizes, refused)
             mended = mend(crew, result.checks) if fix else []
         if mended:
             with Crew(needs_of(recipe, machines), argv) as crew:
-                result = examine(crew, sizes)
+                result = examine(crew, sizes, refused)
     result.mended = mended
     return result
 
 
-def examine(crew: Crew, sizes: Sizes) -> Result:
+def refusals(recipe: Recipe) -> list[SpeechctlError]:
+    """What a launch of the recipe would say before it looks at any host."""
+    found = []
+    for trial in (
+        lambda: environment.machines(recipe),
+        lambda: secret.read(environment.secrets(recipe.launch)),
+    ):
+        try:
+            trial()
+        except SpeechctlError as error:
+            found.append(error)
+    return found
+
+
+def examine(crew: Crew, sizes: Sizes, refused: list[SpeechctlError]) -> Result:
     """Look at all hosts, and where nothing that it needs is red, have them compute one sum."""
     with ThreadPoolExecutor(1) as pool:
         planned = pool.submit(sizes)
         found = crew.look()
+        found.refused = refused
         try:
             plan = planned.result()
             found.state_bytes_per_rank, found.checkpoint_bytes = plan.state_bytes_per_rank, plan.checkpoint_bytes

@@ -113,7 +113,7 @@ def _health(until: float) -> list[dict[str, str]]:
             rows.setdefault(index, {"index": index})[name] = value
 
     machine.together(one, list(HEALTH), until)
-    return list(rows.values())
+    return [dict(row) for row in list(rows.values())]
 
 
 def _smi(fields: str, until: float) -> list[dict[str, str]]:
@@ -126,8 +126,7 @@ def _smi(fields: str, until: float) -> list[dict[str, str]]:
 
 def memory(needs: dict[str, Any], until: float) -> dict[str, Any]:
     found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", machine.text("/proc/meminfo"), re.MULTILINE))
-    groups = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    limits = [int(said) for said in (machine.text(p).strip() for p in groups) if said.isdigit()]
+    limits = machine.memory_limits()
     return {
         "total": min([int(found["MemTotal"]) * 1024, *limits]),
         "available": min([int(found["MemAvailable"]) * 1024, *limits]),

@@ -81,6 +81,24 @@ def text(path: str) -> str:
         return ""
 
 
+def memory_limits() -> list[int]:
+    """Of the control groups that we are in, as SLURM and containers make them, and of those above; of both versions.
+    Where there is no limit, version 1 says a number above all memory there is."""
+    found = []
+    for line in text("/proc/self/cgroup").splitlines():
+        _, kind, path = line.split(":", 2)
+        if kind == "":
+            root, name = "/sys/fs/cgroup", "memory.max"
+        elif kind == "memory":
+            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        above = [path.rstrip("/").rsplit("/", k)[0] for k in range(path.rstrip("/").count("/") + 1)]
+        said = [text(f"{root}{group}/{name}").strip() for group in above]
+        found += [int(limit) for limit in said if limit.isdigit()]
+    return found
+
+
 def last_line(said: str) -> str:
     return ([line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"])[-1][:300]
 

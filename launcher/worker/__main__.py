@@ -15,9 +15,10 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from launcher import marks, redact, rundir
+from launcher import marks, redact, rundir, sealed
 from launcher.errors import ExitCode, SpeechctlError
 
 
@@ -42,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--target", type=Path, required=True)
         if verb == "evaluate":
             command.add_argument("--subset", action="append", default=[])
+    reshard = verbs.add_parser("reshard")
+    reshard.add_argument("run", type=Path)
+    reshard.add_argument("--step", type=int, required=True)
+    reshard.add_argument("--ranks", type=int, required=True)
     transcribe = verbs.add_parser("transcribe")
     transcribe.add_argument("model", type=Path)
     transcribe.add_argument("files", type=Path, nargs="+")
@@ -62,12 +67,20 @@ def main(arguments: list[str] | None = None) -> int:
             from launcher.worker import preflight as implementations
         else:
             from launcher.worker import verbs as implementations  # type: ignore[no-redef]
-        return int(getattr(implementations, options.verb)(options))
+        with reading(options):
+            return int(getattr(implementations, options.verb)(options))
     except SpeechctlError as error:
         print(error.render(), file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return 130
+
+
+def reading(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """The lease of a verb that works on a checkpoint: a run that goes on meanwhile does not remove it."""
+    if options.verb not in ("evaluate", "export"):
+        return nullcontext()
+    return sealed.lease(rundir.Run(options.run).checkpoint(options.step))
 
 
 def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:
@@ -100,6 +113,7 @@ def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:
         from launcher.worker import train
 
         train.run(attempt.root, stop_flag, fresh)
+        marks.mark(marks.END)
         return 0  # torchrun knows only 0 and not 0: the true code is in exit.json
     except BaseException as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
@@ -153,12 +167,20 @@ def failure_code(error: BaseException) -> ExitCode:
     return ExitCode.INFRASTRUCTURE if lost_peer(error) else ExitCode.TRAINING_RAISED
 
 
+LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connectFullMesh failed"),  # gloo
+    *("NCCL communicator was aborted", "ncclRemoteError", "Connection closed by remote peer"),
+    "remote process exited or there was a network error",  # NCCL's own words for ncclRemoteError
+    *("Connection was likely closed", "Failed to recv, got 0 bytes", "Failed to send, got 0 bytes"),  # the store
+    "failed to connect",
+)
+"""What gloo, NCCL and the store say where a peer is gone: they have no type for it."""
+
+
 def lost_peer(error: BaseException) -> bool:
-    """Whether this rank only noticed that another one was gone: gloo, NCCL and the store have no type for it."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
-    return type(error).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError") and any(
-        sign in str(error) for sign in signs
-    )
+    """Whether this rank only noticed that another one was gone."""
+    kinds = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in kinds and any(sign in str(error) for sign in LOST)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,38 @@
-"""Sharded checkpoints: sealed or absent, resumed from the newest that verifies, kept by rule.
+"""What a checkpoint of a training run holds, when its state is taken, and how a run comes back from it.
 
-The ranks write into `checkpoints/.attempt-N`, vote, and rank 0 seals it as `checkpoints/step-…`: that rename is the
-commit point. There is no `latest` file: the newest is the one with the highest step that verifies. Nothing is
-unpickled before all ranks have checked it against its manifest.
+`launcher.committer` writes and seals it, or does not. There is no `latest` file: the newest is the one with the
+highest step that verifies. Nothing is unpickled before all ranks have checked it against its manifest.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from launcher import rundir
-from launcher.errors import DataError, InfrastructureError, StorageError, UsageError
+from launcher import rundir, sealed
+from launcher.committer import Committer, File, Outcome
+from launcher.errors import DataError, NotFoundError, StorageError, UsageError
 from launcher.marks import mark
+from launcher.recipe import Checkpoint as CheckpointOptions
+from launcher.retention import Rules
 from launcher.rundir import Attempt, Run
+from launcher.worker import reshard
 from launcher.worker.engine import Engine
-from launcher.worker.ranks import Ranks
+from launcher.worker.host_memory import HostMemory
+from launcher.worker.ranks import TIMEOUT_S, Ranks
 from launcher.worker.sampler import Cursor
-
-FORMAT = "speechctl.checkpoint/1"
 
 
 @dataclass
@@ -74,8 +79,7 @@ class Identity:
     def refuse(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raise UsageError where `manifest` is of a run of another shape."""
         hints = {
-            "world_size": "resume with as many ranks as it was trained with",
-            "zero_stage": "resume with the ZeRO stage it was trained with",
+            "zero_stage": "resume with the ZeRO stage it was trained with; ranks may be more or fewer",
             "precision": "resume in the precision it was trained in",
             "backbone": "the model changed; start a new run for another model",
             "packs": "the packs changed; start a new run on other data",
@@ -89,137 +93,96 @@ class Identity:
 
 
 class Checkpoints:
-    """Saves and restores one run's checkpoints, as one of its ranks."""
+    """Saves and restores one run's checkpoints, as one of its ranks.
 
-    def __init__(self, attempt: Attempt, engine: Engine, ranks: Ranks, identity: Identity, keep_last: int) -> None:
+    A save begins with a copy of the state, on all ranks; the committer then works with the copy, in a thread while
+    training goes on, and `settle` has the ranks agree on what came of it. One save is in flight at a time.
+
+    Args:
+        on_sealed: called on rank 0 when a checkpoint is durable; in that thread.
+    """
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        engine: Engine,
+        ranks: Ranks,
+        identity: Identity,
+        options: CheckpointOptions,
+        vote_timeout_s: float = TIMEOUT_S,
+        on_sealed: Callable[[Outcome], object] = lambda _: None,
+    ) -> None:
         self.run: Run = attempt.run
-        self.attempt = attempt
         self.engine = engine
         self.ranks = ranks
         self.identity = identity
-        self.keep_last = keep_last
-        self.staging = self.run.checkpoints / f".attempt-{attempt.number:04d}"
-        self.failed_in_a_row = 0
-        self.whole: set[int] = set()
-        """Steps that this attempt sealed, or has read and verified."""
+        self.asynchronous = options.asynchronous
+        self.vote_timeout_s = vote_timeout_s
+        rules = Rules(options.keep_last, options.keep_best, options.keep_every_steps)
+        self.committer = Committer(attempt, ranks.apart(vote_timeout_s), rules, on_sealed)
+        self.memory = HostMemory(copies=self.asynchronous)
+        self.outcome = Outcome(-1)
+        self.thread: threading.Thread | None = None
+        self.copy_s = 0.0
+        """How long training waited for the last copy, where saves are asynchronous."""
 
     def fence(self) -> None:
-        """Take every unfinished checkpoint of an older attempt away: an orphan has nothing left to rename."""
         if self.ranks.rank == 0:
-            for leftover in sorted(self.run.checkpoints.glob(".attempt-*")):
-                _remove(leftover)
-            for torn in self.run.checkpoints.glob("step-*"):
-                if not (torn / rundir.MANIFEST).is_file():  # not ours to seal, and in the way of the one that will be
-                    _free_name(torn.with_name(f".bad-{torn.name}"), torn)
-            for leftover in self.run.checkpoints.glob(".trash-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self.committer.fence()
         self.ranks.barrier()
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
-    def save(self, progress: Progress) -> str | None:
-        """Seal a checkpoint of this moment, by all ranks.
+    def begin(self, progress: Progress) -> None:
+        """Save this moment, by all ranks; the one before was settled. Training may change the state when this returns.
 
-        Returns:
-            None when it is sealed; otherwise why not, the same on every rank. Nothing of it is left then, and
-            training may go on.
+        Asynchronous: only the copy is waited for. Otherwise everything is done when this returns.
+        """
+        assert self.thread is None
+        self.outcome = Outcome(progress.step, f"rank {self.ranks.rank}: the save did not come to its end")
+        began = time.monotonic()
+        mark("copy")
+        files: list[File] | Exception
+        try:
+            state = json.dumps(rng_state()).encode()
+            mine = File(f"rank-{self.ranks.rank:05d}.rng.json", len(state), lambda sink: sink.write(state))
+            files = [*self.engine.snapshot(self.memory), mine]
+        except Exception as error:  # no memory for the copy, or whatever it was: the others must hear of it
+            files = error
+        facts = {"identity": vars(self.identity), "progress": progress.to_json()}
+        save = partial(self.committer.save, progress.step, files, facts, progress.best_step)
+        if not self.asynchronous:
+            self.outcome = save(said=mark)
+            return
+
+        def work() -> None:
+            self.outcome = save()
+
+        self.copy_s = time.monotonic() - began
+        self.thread = threading.Thread(target=work, name="committer", daemon=True)
+        self.thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether a save has ended on this rank and waits to be settled."""
+        return self.thread is not None and not self.thread.is_alive()
+
+    def settle(self) -> Outcome:
+        """What became of the save that was begun, the same on all ranks; waits for it.
 
         Raises:
             StorageError: on all ranks, when this was the third failure in a row.
             InfrastructureError: on all ranks, when a newer attempt has taken over the run.
         """
-        error = self._stage() or self._commit(progress)
-        if error is None:
-            self.failed_in_a_row = 0
-            self.whole.add(progress.step)
-            return None
-        self.failed_in_a_row += 1
-        if self.ranks.rank == 0:
-            shutil.rmtree(self.staging, ignore_errors=True)
-        if self.failed_in_a_row == 3:
-            raise StorageError(
-                f"three checkpoints in a row could not be sealed; the last: {error}",
-                hint="make room or mend the file system, then `speechctl resume`; sealed checkpoints are untouched",
-            )
-        return error
-
-    def _stage(self) -> str | None:
-        """Every rank writes and hashes its share; the vote's result."""
-        error: str | None = None
-        if self.ranks.rank == 0:
-            try:
-                with rundir.storage_errors(self.staging):
-                    shutil.rmtree(self.staging, ignore_errors=True)
-                    self.staging.mkdir()
-            except StorageError as problem:
-                error = problem.message
-        self._refuse_if_superseded()
-        if error := self.ranks.gather(error)[0]:
-            return error
-        self.mine: dict[str, Any] = {}
-        mark("write")
-        try:
-            written = self.engine.save(self.staging)
-            state = self.staging / f"rank-{self.ranks.rank:05d}.rng.json"
-            rundir.write_json(state, rng_state())
-            for path in [*written, state]:
-                rundir.sync_file(path)
-                self.mine[str(path.relative_to(self.staging))] = rundir.digest_file(path)
-        except Exception as problem:  # whatever it was, the other ranks must hear of it at the vote
-            error = f"rank {self.ranks.rank}: {problem}"
-        mark("vote")
-        return next((e for e in self.ranks.gather(error) if e), None)
-
-    def _refuse_if_superseded(self) -> None:
-        """End this attempt when a newer one exists.
-
-        Asked after the staging directory was made: the newer attempt makes its own directory first and fences after
-        that, so either it is seen here, or its fence still finds what was staged.
-        """
-        newest = self.run.attempts()[-1].number if self.ranks.rank == 0 else 0
-        newest = self.ranks.gather(newest)[0]
-        if newest > self.attempt.number:
-            if self.ranks.rank == 0:
-                shutil.rmtree(self.staging, ignore_errors=True)
-            raise InfrastructureError(
-                f"attempt {self.attempt.number} is an orphan: attempt {newest} has taken over {self.run.root}",
-                hint=f"`speechctl status {self.run.root}` shows the one that counts",
-            )
-
-    def _commit(self, progress: Progress) -> str | None:
-        mark("commit")
-        shares = self.ranks.gather(self.mine)
-        error: str | None = None
-        if self.ranks.rank == 0:
-            files = {name: digest for share in shares for name, digest in share.items()}
-            facts = {
-                "format": FORMAT,
-                "attempt": self.attempt.number,
-                "identity": vars(self.identity),
-                "progress": progress.to_json(),
-            }
-            try:
-                for path in rundir.files_under(self.staging):
-                    name = str(path.relative_to(self.staging))
-                    if name not in files or path.stat().st_size != files[name]["bytes"]:
-                        raise StorageError(f"{path} is not what its rank wrote", hint="look at the file system")
-                rundir.seal(self.staging, self.run.checkpoint(progress.step), facts, files)
-            except Exception as problem:  # as above
-                error = f"rank 0: {problem}"
-        return self.ranks.gather(error)[0]
-
-    def retain(self, progress: Progress) -> None:
-        """Rank 0 removes all but the newest `keep_last` and the best; one that does not verify is not counted."""
-        if self.ranks.rank == 0:
-            kept = 0
-            for step in reversed(self.run.sealed_steps()):
-                folder = self.run.checkpoint(step)
-                if kept >= self.keep_last:
-                    if step != progress.best_step:
-                        _remove(folder)
-                elif step in self.whole or _verifies(folder):
-                    self.whole.add(step)
-                    kept += 1
+        if self.thread is not None:
+            mark("wait")
+            self.thread.join()
+            self.thread = None
+        mark("settle")
+        outcome = self.committer.settle(self.outcome, self.ranks)
+        if outcome.torn:
+            self.committer.peers = self.ranks.apart(self.vote_timeout_s)
+        return outcome
 
     # Restoring -------------------------------------------------------------------------------------------------------
 
@@ -232,14 +195,14 @@ class Checkpoints:
         Raises:
             DataError: this run has sealed checkpoints before and none of them verifies now (unless `fresh`).
             StorageError: one cannot be read at all; that is no reason to put it aside.
-            UsageError: the checkpoint is of another world size, ZeRO stage, precision, model or data.
+            UsageError: the checkpoint is of another ZeRO stage, precision, model or data.
         """
         put_aside: list[str] = []
         steps = self.ranks.gather(self.run.sealed_steps()[::-1])[0]
         if fresh:
             if self.ranks.rank == 0:
                 for folder in map(self.run.checkpoint, steps):
-                    _free_name(folder.with_name(f".before-fresh-{folder.name}"), folder)
+                    sealed.rename_aside(folder, "before-fresh")
             self.ranks.barrier()
             return None, []
         for step in steps:
@@ -247,9 +210,11 @@ class Checkpoints:
             share = slice(self.ranks.rank, None, self.ranks.world_size)
             problem = unreadable = ""
             mark("verify")
+            reading = ExitStack()
             try:
-                manifest = rundir.verify(folder, share)
-            except DataError as error:
+                reading.enter_context(sealed.lease(folder))
+                manifest = sealed.verify(self.run, step, share)
+            except (DataError, NotFoundError) as error:
                 problem = error.message
             except OSError as error:
                 unreadable = f"{folder} cannot be read: {error}"
@@ -258,15 +223,20 @@ class Checkpoints:
                 raise StorageError(unreadable, hint="mend the file system, then `speechctl resume` again")
             if problem := next((p for p, _ in problems if p), ""):
                 put_aside.append(problem)
-                if self.ranks.rank == 0:
-                    _free_name(folder.with_name(f".bad-{folder.name}"), folder)
+                reading.close()
+                if self.ranks.rank == 0 and folder.exists():
+                    sealed.rename_aside(folder, "bad")
                 self.ranks.barrier()
                 continue
             self.identity.refuse(folder, manifest)
             mark("load")
-            self.engine.load(folder)
-            set_rng_state(json.loads((folder / f"rank-{self.ranks.rank:05d}.rng.json").read_bytes()))
-            self.whole.add(step)
+            if (saved_by := manifest["identity"]["world_size"]) == self.ranks.world_size:
+                self.engine.load(folder)
+                set_rng_state(json.loads((folder / f"rank-{self.ranks.rank:05d}.rng.json").read_bytes()))
+            else:
+                reshard.restore(self.engine, self.ranks, self.run, step, saved_by, manifest["digest"])
+            self.committer.whole.add(step)
+            reading.close()
             return Progress.from_json(manifest["progress"]), put_aside
         if put_aside or self._has_sealed_before():
             raise DataError(
@@ -278,30 +248,6 @@ class Checkpoints:
 
     def _has_sealed_before(self) -> bool:
         return any(e["event"] == "sealed" for a in self.run.attempts() for e in rundir.read_lines(a.events))
-
-
-def _verifies(folder: Path) -> bool:
-    try:
-        rundir.verify(folder)
-    except (DataError, OSError):
-        return False
-    return True
-
-
-def _free_name(target: Path, folder: Path) -> Path:
-    """Rename `folder` to `target`, or to `target.1`, … where that is taken."""
-    candidate, number = target, 0
-    while candidate.exists():
-        number += 1
-        candidate = target.with_name(f"{target.name}.{number}")
-    os.rename(folder, candidate)
-    rundir.sync_dir(folder.parent)
-    return candidate
-
-
-def _remove(folder: Path) -> None:
-    """Rename away first, so that no reader ever finds half of a checkpoint under its name."""
-    shutil.rmtree(_free_name(folder.with_name(f".trash-{folder.name.lstrip('.')}"), folder), ignore_errors=True)
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
@@ -326,26 +272,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
-
-
-# Weights alone -------------------------------------------------------------------------------------------------------
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a sealed checkpoint, consolidated, fp32, on the CPU, in one process.
-
-    Raises:
-        DataError: the checkpoint does not verify.
-    """
-    manifest = rundir.verify(folder)
-    stage = manifest["identity"]["zero_stage"]
-    if stage == "off":
-        saved = torch.load(folder / "accelerate.pt", map_location="cpu", weights_only=True)["model"]
-    elif stage == "0":  # nothing is sharded; in bf16 these are the weights that were computed with
-        path = folder / "deepspeed" / "mp_rank_00_model_states.pt"
-        saved = torch.load(path, map_location="cpu", weights_only=False)["module"]
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        saved = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="deepspeed")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in saved.items()}

@@ -10,15 +10,15 @@ import math
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from launcher.committer import File
 from launcher.recipe import Recipe
-from launcher.rundir import storage_errors
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
+from launcher.worker.host_memory import HostMemory
 from launcher.worker.ranks import Ranks
 
 
@@ -27,6 +27,8 @@ class Engine(ABC):
 
     model: SpeechModel
     device: torch.device
+    weights_type = torch.float32
+    """That the model's weights have while it computes."""
 
     @abstractmethod
     def backward(self, tensors: Tensors, factor: float, last: bool) -> Tensor:
@@ -46,15 +48,19 @@ class Engine(ABC):
         """Clip and update. Returns the norm of the whole gradient before clipping."""
 
     @abstractmethod
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's share of model and optimizer into `folder`; returns the files it wrote.
+    def snapshot(self, memory: HostMemory) -> list[File]:
+        """This rank's share of model and optimizer as of now, as files to be written later.
 
         Must not raise between the barriers of other ranks; an error surfaces only after all have left them.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Take back what `save` wrote, by the same number of ranks. The files were verified before."""
+        """Take back what is in the files of `snapshot`, by the same number of ranks. The files were verified before."""
+
+    def reshard(self, folder: Path, saved_by: int, ranks: Ranks) -> None:
+        """Take back what `save` wrote by `saved_by` ranks, whatever their number. The files were verified before."""
+        self.load(folder)  # where nothing is cut up
 
     def infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
         """Loss of each utterance and greedy transcripts, without dropout, masking or gradients."""
@@ -68,6 +74,20 @@ class Engine(ABC):
     def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
         losses, texts = self.model(tensors, transcribe=True)
         return losses, texts
+
+    def losses(self, tensors: Tensors, model: SpeechModel | None = None) -> Tensor:
+        """Of each utterance, as `infer` computes them; by `model`, where it is not the engine's own."""
+        model = model or self.model
+        model.eval()
+        try:
+            with torch.no_grad():
+                return self._losses(model, to_device(tensors, self.device))
+        finally:
+            model.train()
+
+    def _losses(self, model: SpeechModel, tensors: Tensors) -> Tensor:
+        losses: Tensor = model(tensors)[0]
+        return losses
 
 
 def optimizer_for(model: SpeechModel, recipe: Recipe) -> torch.optim.AdamW:
@@ -85,23 +105,6 @@ def optimizer_for(model: SpeechModel, recipe: Recipe) -> torch.optim.AdamW:
         betas=(options.betas[0], options.betas[1]),
         eps=options.eps,
     )
-
-
-def save_tensors(state: Any, path: Path) -> None:
-    """torch.save, not yet fsynced: `Checkpoints` does that for all files of a rank.
-
-    Raises:
-        StorageError: the disk is full or failing; torch's own writer only says that a position was unexpected.
-    """
-    with storage_errors(path):
-        file = path.open("wb", buffering=0)
-        try:
-            torch.save(state, file)
-        except RuntimeError:
-            file.write(b"\0" * 2**16)  # raises the OSError that torch swallowed, where the disk is the reason
-            raise
-        finally:
-            file.close()
 
 
 class AccelerateEngine(Engine):
@@ -148,12 +151,15 @@ class AccelerateEngine(Engine):
         with self.accelerator.autocast():
             return super()._infer(tensors)
 
-    def save(self, folder: Path) -> list[Path]:
+    def _losses(self, model: SpeechModel, tensors: Tensors) -> Tensor:
+        with self.accelerator.autocast():
+            return super()._losses(model, tensors)
+
+    def snapshot(self, memory: HostMemory) -> list[File]:
         if self.accelerator.process_index != 0:
             return []
-        path = folder / "accelerate.pt"
-        save_tensors({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
-        return [path]
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return [memory.file("accelerate.pt", state)]
 
     def load(self, folder: Path) -> None:
         saved = torch.load(folder / "accelerate.pt", map_location="cpu", weights_only=True)

@@ -1,9 +1,8 @@
-"""DeepSpeed (ZeRO 0-3) behind `engine.Engine`, and the one class that it writes checkpoints through."""
+"""DeepSpeed (ZeRO 0-3) behind `engine.Engine`, and the one class that takes its checkpoints."""
 
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,13 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from torch import Tensor
 
+from launcher.committer import File
 from launcher.recipe import Recipe
+from launcher.worker import partitioned
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
-from launcher.worker.engine import Engine, optimizer_for, save_tensors
+from launcher.worker.engine import Engine, optimizer_for
+from launcher.worker.host_memory import HostMemory
 from launcher.worker.ranks import Ranks
 
 TAG = "deepspeed"
@@ -31,6 +33,7 @@ class DeepSpeedEngine(Engine):
         deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", timeout=ranks.timeout)
         self.model = model
         self.device = ranks.device
+        self.weights_type = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(ranks.device), optimizer=optimizer_for(model, recipe), config=config
         )
@@ -85,47 +88,54 @@ class DeepSpeedEngine(Engine):
         losses, texts = self.engine.module(tensors, transcribe=True, in_step=stage3)
         return losses, texts
 
-    def save(self, folder: Path) -> list[Path]:
-        self.files.begin()
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def snapshot(self, memory: HostMemory) -> list[File]:
+        self.files.begin(memory)
+        self.engine.save_checkpoint(str(self.files.ROOT), tag=TAG, save_latest=False)
         if self.files.error is not None:
             raise self.files.error
-        return self.files.written
+        return self.files.taken
 
     def load(self, folder: Path) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder / TAG}")
 
+    def reshard(self, folder: Path, saved_by: int, ranks: Ranks) -> None:
+        if self.engine.zero_optimization_stage() == 0:
+            self.load(folder)
+        else:
+            partitioned.load(self.engine, folder / TAG, saved_by, ranks)
+
 
 class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
-    """Writes what DeepSpeed hands over, and remembers which files are this rank's.
+    """Takes what DeepSpeed wants written and writes nothing: that is the committer's, once DeepSpeed is done.
 
     DeepSpeed has barriers around `save`: an exception on one rank would leave the others waiting there for the whole
-    process-group timeout. So an error is kept here and raised by `DeepSpeedEngine.save` once all ranks are out.
+    process-group timeout. So an error is kept here and raised by `DeepSpeedEngine.snapshot` once all ranks are out.
     """
+
+    ROOT = Path("/nowhere")
+    """What DeepSpeed is told to save to. Names below it are names below the checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.begin()
+        self.memory = HostMemory(copies=False)
+        self.begin(self.memory)
 
-    def begin(self) -> None:
-        self.written: list[Path] = []
+    def begin(self, memory: HostMemory) -> None:
+        self.memory = memory
+        self.taken: list[File] = []
         self.error: Exception | None = None
 
     def create(self, info: CheckpointCommitInfo) -> None:
         pass
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.error = self.error or error
+        pass
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
-            save_tensors(state_dict, Path(path))
-            self.written.append(Path(path))
+            self.taken.append(self.memory.file(str(Path(path).relative_to(self.ROOT)), state_dict))
         except Exception as error:
             self.error = self.error or error
 

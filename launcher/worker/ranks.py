@@ -6,6 +6,7 @@ to the engine.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import os
@@ -57,6 +58,18 @@ class Ranks:
         if dist.get_world_size() != self.world_size:
             raise RuntimeError(f"the process group has {dist.get_world_size()} ranks, {self.world_size} were launched")
         self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+
+    def apart(self, timeout_s: float) -> Ranks:
+        """The same ranks on a connection of their own, for a thread beside training. All ranks make it together.
+
+        Args:
+            timeout_s: of one exchange. The connection is of no use after one that took longer.
+        """
+        other = copy.copy(self)
+        other.timeout = datetime.timedelta(seconds=timeout_s)
+        if self.world_size > 1:
+            other._group = dist.new_group(backend="gloo", timeout=other.timeout)
+        return other
 
     def close(self) -> None:
         """Leave together: a rank that goes early aborts the others, and the job fails after its work is done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from launcher import recipe_file, redact, rundir
-from launcher.errors import DataError, ExitCode, StorageError, TrainingError
+from launcher.committer import Outcome
+from launcher.errors import DataError, ExitCode, TrainingError
 from launcher.marks import mark
 from launcher.recipe import Recipe, TriStage
 from launcher.rundir import Attempt
@@ -88,6 +90,16 @@ def engine_for(
     return DeepSpeedEngine(model, recipe, deepspeed_config, ranks)
 
 
+@dataclass(frozen=True)
+class Saving:
+    """A save that was begun and is not settled yet."""
+
+    step: int
+    began: float
+    best_before: tuple[float, int]
+    """Best WER and its step, should this save of a new best come to nothing."""
+
+
 class Training:
     """One rank's training, from launch to exit."""
 
@@ -101,7 +113,8 @@ class Training:
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
         mark("model", "start")
         model = build(self.recipe.backbone, seed=self.recipe.seed)
-        config = rundir.read_json(self.run.deepspeed)
+        # Its file is for people, and has the accumulation of the launch; the number of ranks may have changed since.
+        config = {**(rundir.read_json(self.run.deepspeed) or {}), "gradient_accumulation_steps": self.accumulation}
         mark("engine")
         self.engine = engine_for(model, self.recipe, self.accumulation, config, ranks)
         mark("meet")
@@ -121,12 +134,21 @@ class Training:
             evaluation=self.evaluator.utterances.digest,
             order=self.sampler.identity(),
         )
-        self.checkpoints = Checkpoints(attempt, self.engine, ranks, identity, self.recipe.checkpoint.keep_last)
+        self.checkpoints = Checkpoints(
+            attempt,
+            self.engine,
+            ranks,
+            identity,
+            self.recipe.checkpoint,
+            vote_timeout_s=self.recipe.launch.deadlines.save,
+            on_sealed=self._sealed,
+        )
         mark("restore")
         self.checkpoints.fence()
         restored, put_aside = self.checkpoints.restore(fresh)
         self.progress = restored or Progress()
         self.sealed_step = -1 if restored is None else restored.step
+        self.saving: Saving | None = None
         for problem in put_aside:
             self.event("put_aside", problem=problem)
         self.tracker = self._tracker()
@@ -176,12 +198,10 @@ class Training:
             stopped = self.epoch()
         if not stopped and self.recipe.evaluate.at_end and progress.evaluated_step < progress.step:
             stopped = not self.evaluate()
-        self.seal()
+        while self.sealed_step != progress.step:  # the third failure in a row raises
+            self.save()
+            self.settle()
         code = ExitCode.STOPPED if stopped else ExitCode.FINISHED
-        if self.sealed_step != progress.step:
-            raise StorageError(
-                f"step {progress.step} could not be sealed", hint="see events.jsonl of this attempt for the reason"
-            )
         if self.ranks.rank == 0:
             rundir.write_json(self.attempt.exit, {"code": code, "step": progress.step, "sealed_step": self.sealed_step})
         self.event("stopped" if stopped else "finished", step=progress.step)
@@ -218,7 +238,7 @@ class Training:
             if due and not stop:
                 stop = not self.evaluate()
             if stop or save or progress.step % recipe.checkpoint.every_steps == 0:
-                self.seal()
+                self.save()
             if asked and self.ranks.rank == 0:
                 self.run.save_request.unlink(missing_ok=True)
             if stop:
@@ -251,17 +271,21 @@ class Training:
         mark("agree")
         stop = self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request))
         seconds = [self.sampler.padded(b.indices) for b in mine if not b.filler]
-        loss_sum, stops, padded = self.ranks.sum([float(total), float(stop), sum(seconds)])
+        mine_to_say = [float(total), float(stop), sum(seconds), float(self.checkpoints.done)]
+        loss_sum, stops, padded, saved = self.ranks.sum(mine_to_say)
         progress.step += 1
         progress.cursor.advance(self.ranks.world_size, self.accumulation)
         epoch = progress.cursor.epoch
         rundir.append_line(self.attempt.ledger(self.ranks.rank), {"step": progress.step, "epoch": epoch, "ids": ids})
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+            self.settle()  # of a step that was sound
             raise TrainingError(
                 f"step {progress.step}: loss {loss_sum / count} and gradient norm {grad_norm} are not both finite;"
                 f" rank {self.ranks.rank} trained on {', '.join(ids)}",
                 hint="lower optimizer.learning_rate or optimizer.grad_clip; the newest checkpoint is untouched",
             )
+        if saved == self.ranks.world_size:
+            self.settle()
         if self.ranks.rank == 0:
             samples = self.data.utterances.lengths["n_samples"][
                 [int(self.data.usable[i]) for b in step if not b.filler for i in b.indices]
@@ -292,6 +316,7 @@ class Training:
     def evaluate(self) -> bool:
         """Evaluate now. Returns False when the ranks agreed to stop in the middle of it; it is then due at resume."""
         progress, began = self.progress, time.monotonic()
+        self.settle()
         progress.evaluation_due = True
         self.event("evaluating", step=progress.step)
         mark("begin", "evaluate", progress.step)
@@ -327,11 +352,10 @@ class Training:
         if wer < progress.best_wer and progress.step > 0:
             before = progress.best_wer, progress.best_step
             progress.best_wer, progress.best_step = wer, progress.step
-            self.seal()
-            if self.sealed_step != progress.step:
-                progress.best_wer, progress.best_step = before
-            else:
+            if self.sealed_step == progress.step:
                 self._mark_best()
+            else:
+                self.save(before)
         return True
 
     def _mark_best(self) -> None:
@@ -343,22 +367,51 @@ class Training:
         else:
             self.run.best.unlink(missing_ok=True)
 
-    def seal(self) -> None:
-        """Seal a checkpoint of this step, unless there is one; a failure is recorded and training goes on."""
+    def save(self, best_before: tuple[float, int] | None = None) -> None:
+        """Begin to save this step, unless it is sealed or on its way. One save is in flight at a time.
+
+        Args:
+            best_before: the best WER and its step, where this step is a new best; it is one once it is sealed.
+        """
         progress = self.progress
-        if self.sealed_step == progress.step:
+        if self.sealed_step == progress.step or (self.saving and self.saving.step == progress.step):
             return
+        self.settle()
         began = time.monotonic()
+        with suppress(OSError):  # a checkpoint must not outlive the lines that say what it has seen
+            rundir.sync_file(self.attempt.ledger(self.ranks.rank))
         self.event("saving", step=progress.step)
         mark("begin", "save", progress.step)
-        error = self.checkpoints.save(progress)
-        blocked_s = round(time.monotonic() - began, 3)
-        if error is not None:
-            self.event("save_failed", step=progress.step, error=error, blocked_s=blocked_s)
+        best_before = best_before or (progress.best_wer, progress.best_step)
+        self.saving = Saving(progress.step, began, best_before)
+        self.checkpoints.begin(progress)
+        if not self.checkpoints.asynchronous:
+            self.settle()
+
+    def _sealed(self, outcome: Outcome) -> None:
+        """Rank 0's record of a durable checkpoint. In the committer's thread: training may be anywhere."""
+        assert self.saving is not None
+        durable_s = time.monotonic() - self.saving.began
+        blocked_s = self.checkpoints.copy_s if self.checkpoints.asynchronous else durable_s
+        times = {"blocked_s": round(blocked_s, 3), "durable_s": round(durable_s, 3)}
+        self.event("sealed", step=outcome.step, bytes=outcome.bytes, **times)
+
+    def settle(self) -> None:
+        """Wait for the save in flight, if there is one. A failure is recorded, and training goes on."""
+        if self.saving is None:
             return
-        self.sealed_step = progress.step
-        self.event("sealed", step=progress.step, blocked_s=blocked_s)
-        self.checkpoints.retain(progress)
+        mark("begin", "save", self.saving.step)
+        outcome, saving = self.checkpoints.settle(), self.saving
+        self.saving = None
+        if outcome.trouble:
+            self.event("trouble_after_seal", step=outcome.step, problem=outcome.trouble)
+        if outcome.error:
+            self.progress.best_wer, self.progress.best_step = saving.best_before
+            self.event("save_failed", step=outcome.step, error=outcome.error)
+            return
+        self.sealed_step = outcome.step
+        if self.progress.best_step != saving.best_before[1]:
+            self._mark_best()
 
 
 def run(attempt_dir: Path, stop_flag: list[bool], fresh: bool) -> ExitCode:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import shutil
 import sys
@@ -16,7 +14,6 @@ import numpy as np
 
 from launcher import recipe_file, rundir
 from launcher.errors import DataError, UsageError
-from launcher.recipe import Recipe
 from launcher.rundir import Run
 
 
@@ -72,7 +69,8 @@ def facts(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(
             f"the batch does not fit: {error}",
-            hint="raise batch.step_seconds and batch.max_rank_seconds, or lower data.max_utterance",
+            hint="take fewer ranks; or, in a new run, raise batch.step_seconds and batch.max_rank_seconds, or lower"
+            " data.max_utterance",
         ) from error
     padded = np.array([[sampler.padded(b.indices) for b in step] for step in steps])
     answer: dict[str, Any] = {
@@ -99,13 +97,15 @@ def evaluate(options: argparse.Namespace) -> int:
     from launcher.worker.data import to_device
     from launcher.worker.evaluate import Evaluator
     from launcher.worker.ranks import Ranks
+    from launcher.worker.weights import restored
 
+    run = Run(options.run)
     ranks = Ranks()
-    recipe = recipe_file.load(Run(options.run).resolved)
+    recipe = recipe_file.load(run.resolved)
     if options.subset:
         cadence = recipe.evaluate.model_copy(update={"subsets": options.subset})
         recipe = recipe.model_copy(update={"evaluate": cadence})
-    model = restored(Run(options.run), recipe, options.step).eval().to(ranks.device)
+    model = restored(run, options.step, recipe.backbone, recipe.seed).eval().to(ranks.device)
     evaluator = Evaluator(recipe, model, ranks)
     say(f"evaluating step {options.step} on {ranks.device}")
     began = time.monotonic()
@@ -123,34 +123,65 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def restored(run: Run, recipe: Recipe, step: int) -> Any:
-    """The run's model with the weights of one sealed checkpoint.
+def reshard(options: argparse.Namespace) -> int:
+    """Do, in one process and for nobody, what `--ranks` ranks would do to go on from a checkpoint; says what they get.
+
+    Nothing is written: a resume takes what it needs out of the sealed files themselves. The weights are read in two
+    ways, DeepSpeed's and ours, and must be the same bits; every element must be there once.
 
     Raises:
-        DataError: the checkpoint does not verify, or holds other weights than the model has.
+        DataError: the checkpoint does not verify, or does not have all of the model.
+        UsageError: the recipe's batch does not fit so many ranks.
     """
-    from launcher.worker.checkpoint import weights_of
-    from launcher.worker.models import build
+    import torch
 
-    model = build(recipe.backbone, seed=recipe.seed)
-    folder = run.checkpoint(step)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        weights = weights_of(folder)  # DeepSpeed prints its progress, and stdout is for our answer
-    problems = model.load_state_dict(weights, strict=False)
-    # Tied weights are stored once; whatever is left must share memory with something that was loaded.
-    loaded = {t.data_ptr() for n, t in model.state_dict().items() if n in weights}
-    missing = [n for n in problems.missing_keys if model.state_dict()[n].data_ptr() not in loaded]
-    if missing or problems.unexpected_keys:
-        raise DataError(
-            f"{folder} does not hold this model: missing {missing[:3]}, unexpected {problems.unexpected_keys[:3]}",
-            hint="evaluate and export with the version of speechctl that trained the run",
-        )
-    return model
+    from launcher.worker.checkpoint import Progress
+    from launcher.worker.sampler import Sampler, accumulation, utterances_in
+    from launcher.worker.shards import Shards, check_coverage
+    from launcher.worker.train import TrainingSet
+    from launcher.worker.weights import restored
+
+    run, world_size = Run(options.run), options.ranks
+    recipe, folder = recipe_file.load(run.resolved), run.checkpoint(options.step)
+    say(f"reading step {options.step} as {world_size} ranks would")
+    model = restored(run, options.step, recipe.backbone, recipe.seed)
+    manifest = rundir.manifest_of(folder)
+    identity, progress = manifest["identity"], Progress.from_json(manifest["progress"])
+    if identity["zero_stage"] in ("1", "2", "3"):
+        shards = Shards(folder / "deepspeed", int(identity["zero_stage"]), identity["world_size"])
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        pieces = (piece for some in shards.pieces.values() for piece in some)
+        check_coverage(str(folder), pieces, {name: p.numel() for name, p in trained.items()})
+        for name, parameter in trained.items():
+            if not torch.equal(shards.read("fp32", name, 0, parameter.numel()), parameter.detach().flatten()):
+                raise DataError(
+                    f"{folder}: {name} is read in two ways and differs", hint="report it: a bug of speechctl"
+                )
+    data, batch = TrainingSet.open(recipe, model), recipe.batch
+    each = accumulation(batch.step_seconds, batch.max_rank_seconds, world_size)
+    sampler = Sampler(data.seconds, step_seconds=batch.step_seconds, seed=recipe.seed)
+    try:
+        steps = sampler.steps_left(progress.cursor, world_size, each)
+    except ValueError as error:
+        raise UsageError(f"{world_size} ranks cannot go on: {error}", hint="take fewer ranks") from error
+    answer = {
+        "step": options.step,
+        "saved_by": identity["world_size"],
+        "ranks": world_size,
+        "zero_stage": identity["zero_stage"],
+        "accumulation": each,
+        "epoch": progress.cursor.epoch,
+        "steps_left_in_epoch": len(steps),
+        "utterances_left_in_epoch": sum(map(utterances_in, steps)),
+    }
+    print(json.dumps(answer))
+    return 0
 
 
 def export(options: argparse.Namespace) -> int:
     """One checkpoint as a directory that other programs can load; sealed or absent."""
     from launcher.worker.models import write_export
+    from launcher.worker.weights import restored
 
     run = Run(options.run)
     recipe = recipe_file.load(run.resolved)
@@ -161,7 +192,7 @@ def export(options: argparse.Namespace) -> int:
         staged.mkdir(parents=True)
     try:
         with rundir.storage_errors(staged):
-            write_export(restored(run, recipe, options.step), staged)
+            write_export(restored(run, options.step, recipe.backbone, recipe.seed), staged)
         source = {
             "run": str(run.root),
             "step": options.step,

@@ -67,7 +67,7 @@ ip link set lo up
 [ "$2" = desk ] || "$3" -f "sshd-$2" -E "log-$2"
 touch "up-$2"
 trap 'exit 0' TERM
-while :; do sleep 3600 & wait $!; done
+while :; do sleep 3600 & wait $! || :; done
 """
 
 

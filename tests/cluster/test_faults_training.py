@@ -93,19 +93,25 @@ def test_slurm(name: str, real: Stub, slurm: Slurm, packed: Path, whole: Run) ->
 
 
 def test_memory_that_runs_out(real: Stub, packed: Path, whole: Run) -> None:
-    """On this machine. A person gives it more, here by leaving the cgroup, and asks for the run to go on."""
+    """On this machine: a cgroup has no more than a rank uses once it trains. A person gives it more, here by leaving
+    the cgroup, and asks for the run to go on."""
     place = Place(real)
     with small_cgroup() as group:
+        v1 = (group / "memory.limit_in_bytes").exists()
+        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+        (group / limit).write_text(str(2**33))
         prepare(place, "OOM by cgroup", packed)
         with place.launched():
             wait_until(lambda: place.run.attempts() and place.run.attempts()[0].rank(1).exists(), 120)
-            attempt = place.run.attempts()[0]
-            (group / "cgroup.procs").write_text(str(rundir.read_json(attempt.rank(1))["pid"]))
+            (group / "cgroup.procs").write_text(str(rundir.read_json(place.run.attempts()[0].rank(1))["pid"]))
+            wait_until(place.run.sealed_steps, 120)
+            (group / limit).write_text((group / used).read_text())
             code, said = place.end()
             assert code == ExitCode.OUT_OF_MEMORY, said
         failure = failure_of(place)
         assert (failure["kind"], failure["rank"], failure["verdict"]) == ("host memory", 1, "mend")
         assert "that its cgroup may use" in failure["message"]
+        assert place.run.sealed_steps()[-1] < LAST_STEP
     done = real.speechctl("resume", str(place.run.root), timeout=300)
     assert done.returncode == 0, done.stderr
     assert numbers(place.run) == numbers(whole)

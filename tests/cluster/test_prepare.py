@@ -111,10 +111,10 @@ def test_three_hosts_in_good_order_are_green(three: Stub, cluster: Cluster, tmp_
 
 @pytest.mark.skipif(shutil.which("iptables") is None, reason="needs iptables, to close a port")
 def test_what_is_planted_is_named(three: Stub, cluster: Cluster, golden: Golden, tmp_path: Path) -> None:
-    """One host has another package, other code and a closed port; one a full /dev/shm and a name server that does not
-    answer; one a shard that was cut short, another that its disk does not give, and a clock that is wrong. The clock
-    alone is not real: time is one for all namespaces, so that `python3` there adds to it. (To read the first page of a
-    process is an I/O error, always.)"""
+    """One host has another package, other code and a closed port; one a full /dev/shm, few files for whom sshd lets in,
+    and a name server that does not answer; one a shard that was cut short, another that its disk does not give, and a
+    clock that is wrong. The clock alone is not real: time is one for all namespaces, so that `python3` there adds to
+    it. (To read the first page of a process is an I/O error, always.)"""
     info = metadata.distribution("pydantic")._path / "METADATA"  # type: ignore[attr-defined]
     package = changed(tmp_path, info, f"Version: {metadata.version('pydantic')}", "Version: 1.2.3")
     nodelist = Path(launcher.__path__[0]) / "nodelist.py"
@@ -130,11 +130,14 @@ def test_what_is_planted_is_named(three: Stub, cluster: Cluster, golden: Golden,
     first = cluster.at_desk("ssh", "node3", "echo $PATH").stdout.split(":")[0]
     reject = ("INPUT", "-p", "tcp", "-s", cluster.hosts["node3"], "--dport", "1024:65535", "--syn", "-j", "REJECT")
     shards = [three.root / "packs" / subset / "shard.00000.mds" for subset in ("dev-clean", "train-clean-100")]
+    files = cluster.on("node2", "sh", "-c", "ulimit -Sn").stdout.strip()
+    fewer, as_before = (f'prlimit --nofile={n}: --pid "$(pgrep -xo sshd)"' for n in ("512", files))
+    few = ("sh", "-c", fewer, "|", "sh", "-c", as_before)
     with (
         planted(cluster, "node1", over(package, info), over(code, nodelist)),
         planted(cluster, "node1", ("iptables", "-A", *reject, "|", "iptables", "-D", *reject)),
         planted(cluster, "node2", tmpfs("/dev/shm", "size=70m")),
-        planted(cluster, "node2", ("fallocate", "-l", "70m", "/dev/shm/full", "|", "true")),
+        planted(cluster, "node2", ("fallocate", "-l", "70m", "/dev/shm/full", "|", "true"), few),
         planted(cluster, "node2", over(dns, "/etc/nsswitch.conf"), over(resolver, "/etc/resolv.conf")),
         planted(cluster, "node3", over(empty_file, shards[0]), over(Path("/proc/1/mem"), shards[1])),
         planted(cluster, "node3", over(python, first)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -65,13 +66,17 @@ def test_two_nodes_in_good_order_are_green(two: Two, tmp_path: Path) -> None:
 
 
 def test_a_node_that_differs_is_named(two: Two, tmp_path: Path) -> None:
+    """And limits are those that a job will have, which SLURM takes from where it was submitted."""
     info = metadata.distribution("pydantic")._path / "METADATA"  # type: ignore[attr-defined]
     package = changed(tmp_path, info, f"Version: {metadata.version('pydantic')}", "Version: 1.2.3")
     with planted(two.slurm, "node2", over(package, info)):
+        two.stub.command = ["prlimit", "--nofile=700:", *two.stub.command]
         done = two.stub.speechctl("prepare", "stub.yaml", "--json")
     assert done.returncode == ExitCode.PREFLIGHT, done.stderr
     red = [c for c in json.loads(done.stdout)["checks"] if c["verdict"] == "fail"]
-    assert [(c["name"], c["host"]) for c in red] == [("packages", "node2")]
+    limits = [("limits", "node1"), ("limits", "node2")]
+    assert [(c["name"], c["host"]) for c in red] == [("packages", "node2"), *limits]
+    assert [c["found"] for c in red[1:]] == ["open files: 700"] * 2
     assert red[0]["found"] == f"pydantic 1.2.3, the others {metadata.version('pydantic')}" and red[0]["hint"]
     assert jobs_left(two.slurm) == []
 
@@ -98,13 +103,22 @@ def test_nodes_that_cannot_be_had_are_one_error_with_the_reason(two: Two) -> Non
     assert done.returncode == ExitCode.HOST and "sinfo: it lists no node that is up" in done.stderr
 
 
-@pytest.mark.parametrize("when", ["sbatch", "squeue", "srun"])
+@pytest.mark.parametrize("when", ["asked for", "waited for", "looked into"])
 def test_ctrl_c_leaves_no_job(two: Two, when: str) -> None:
-    """While the job is asked for, waited for, and looked into; the second time with two nodes that it cannot have."""
-    if when == "squeue":
+    """At three moments of the job; at the first SLURM has it, and nobody here knows its number yet."""
+    if when == "asked for":
+        slow = two.stub.root / "bin" / "sbatch"
+        slow.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" >"{two.stub.root}/number"\nexec sleep 60\n')
+        slow.chmod(0o755)
+    elif when == "waited for":
         two.slurm.at_desk("scontrol", "update", "nodename=node2", "state=drain", "reason=test")
     with two.stub.start(*two.stub.command, "prepare", "stub.yaml") as process:
-        wait_until(lambda: when in children(process.pid))
+        if when == "asked for":
+            wait_until(lambda: (two.stub.root / "number").exists() and (two.stub.root / "number").read_text())
+        elif when == "waited for":
+            assert process.stderr is not None and process.stderr.readline().startswith("waiting for nodes: job ")
+        else:
+            wait_until(lambda: "srun" in children(process.pid))
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
         assert process.returncode == 130, stderr

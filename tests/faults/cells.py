@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -160,6 +160,7 @@ def follow(place: Place, name: str, fault: Fault) -> None:
         struck = None
         if fault.strike is not None:
             wait_until(place.run.sealed_steps, timeout_s=120)
+            assert locked([place.run.lock]), "a run holds its lock"
             struck = time.time()
             fault.strike(place)
         code, said = place.end()
@@ -233,7 +234,11 @@ def check_end(place: Place, cell: Cell, code: int, said: str) -> None:
 
 def check_nothing_left(place: Place) -> None:
     wait_until(lambda: not place.processes(), timeout_s=20)
-    inodes = {path.lstat().st_ino for path in (place.run.root, *place.run.root.rglob("*"))}
-    held = {int(inode) for inode in re.findall(r":(\d+) \d+ \w+$", Path("/proc/locks").read_text(), flags=re.MULTILINE)}
-    assert not inodes & held, "a lock of the run is still held"
+    assert not locked(place.run.root.rglob("*")), "a lock of the run is still held"
     assert place.segments() == [], "the run has left shared memory"
+
+
+def locked(files: Iterable[Path]) -> set[int]:
+    """The inodes of those on which any process of any host has a lock."""
+    inodes = {path.lstat().st_ino for path in files}
+    return inodes & set(map(int, re.findall(r"(?m):(\d+) \d+ \w+$", Path("/proc/locks").read_text())))

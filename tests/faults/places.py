@@ -77,8 +77,10 @@ class Place:
     def bystanders(self) -> Iterator[Callable[[], list[str]]]:
         """A foreign process on every host; yields what names the hosts on which it is gone."""
         with subprocess.Popen(["sleep", "600"]) as process:
-            yield lambda: ["localhost"] if process.poll() is not None else []
-            process.kill()
+            try:
+                yield lambda: ["localhost"] if process.poll() is not None else []
+            finally:
+                process.kill()
 
     def segments(self) -> list[str]:
         """Shared memory that the run has left. On this machine others have theirs too."""
@@ -97,19 +99,14 @@ class Place:
         return found
 
 
-class OverSsh(Place):
-    """Two hosts of a cluster, and a third in reserve where there is a `spare`."""
+class OnHosts(Place):
+    """The first two hosts of a cluster, and a user at the desk."""
 
-    backend = "ssh"
-
-    def __init__(self, stub: Stub, cluster: Cluster, *, spare: bool) -> None:
+    def __init__(self, stub: Stub, cluster: Cluster) -> None:
         super().__init__(stub)
         self.cluster = cluster
         self.hosts = list(cluster.hosts)[:2]
-        self.spare = list(cluster.hosts)[2] if spare else None
         self.lost: str | None = None
-        hostfile = cluster.hostfile(stub.root / "hosts", *self.hosts, *([self.spare] if self.spare else []))
-        self.launch = f"backend: ssh, hostfile: {hostfile}, nodes: 2"
         stub.command = cluster.desk("env", "-C", str(stub.root), *stub.command)
 
     def send(self, node_rank: int, pid: int, number: int) -> None:
@@ -120,51 +117,69 @@ class OverSsh(Place):
         self.lost = self.hosts[-1]
         self.cluster.power_off(self.lost) if power else self.cluster.cut(self.lost)
 
-    def end(self) -> tuple[int, str]:
-        if self.lost is not None and self.spare is None:  # it is still away at the second attempt
-            wait_until(lambda: len(self.run.attempts()) > 1 and self.run.attempts()[1].failure.exists(), 120)
-            self.restore()
-        code, said = super().end()
-        self.restore()
-        return code, said
-
-    def restore(self) -> None:
-        """Every host as it was."""
-        for name in self.cluster.hosts.keys() - self.cluster.inside.keys():
-            self.cluster.power_on(name)
-        self.cluster.mend()
+    def find_host(self) -> None:
+        """The lost one is back."""
+        if self.lost is not None and self.lost not in self.cluster.inside:
+            self.cluster.power_on(self.lost)
+        Cluster.mend(self.cluster)  # the network only
 
     def clean(self) -> None:
         super().clean()
-        self.restore()
+        self.find_host()
 
     @contextmanager
     def bystanders(self) -> Iterator[Callable[[], list[str]]]:
-        with on_each(self.cluster) as gone:
-            yield gone
+        there: dict[str, psutil.Process] = {}
+        with ExitStack() as stack:
+            for name, init in self.cluster.inside.items():
+                command = ["nsenter", "--target", str(init), "--pid", "--mount", "--", "sleep", "600"]
+                parent = psutil.Process(stack.enter_context(subprocess.Popen(command)).pid)
+                wait_until(parent.children)
+                there[name] = parent.children()[0]
+                stack.callback(end, there[name])
+            yield lambda: [name for name, process in there.items() if not process.is_running()]
 
     def segments(self) -> list[str]:
-        return left_in_memory(self.cluster)
+        """Each host has its own memory, which nothing but the run has used."""
+        found = {host: self.cluster.on(host, "ls", "/dev/shm").stdout.split() for host in self.cluster.inside}
+        return [f"{host}: {name}" for host, names in found.items() for name in names]
 
 
-class InJob(Place):
+class OverSsh(OnHosts):
+    """A third host is in reserve where there is a `spare`."""
+
+    backend = "ssh"
+
+    def __init__(self, stub: Stub, cluster: Cluster, *, spare: bool) -> None:
+        super().__init__(stub, cluster)
+        self.spare = list(cluster.hosts)[2] if spare else None
+        hostfile = cluster.hostfile(stub.root / "hosts", *self.hosts, *([self.spare] if self.spare else []))
+        self.launch = f"backend: ssh, hostfile: {hostfile}, nodes: 2"
+
+    def end(self) -> tuple[int, str]:
+        if self.lost is not None and self.spare is None:  # it is still away at the second attempt
+            wait_until(lambda: len(self.run.attempts()) > 1 and self.run.attempts()[1].failure.exists(), 120)
+            self.find_host()
+        code, said = super().end()
+        self.find_host()
+        return code, said
+
+
+class InJob(OnHosts):
     """Both nodes of a partition."""
 
     backend = "slurm"
     launch = "backend: slurm, nodes: 2, slurm: {partition: main}"
 
     def __init__(self, stub: Stub, slurm: Slurm) -> None:
-        super().__init__(stub)
-        self.slurm = slurm
-        self.hosts = list(slurm.hosts)
-        self.lost: str | None = None
-        self.job = ""
         bin_ = stub.root / "bin"
         bin_.mkdir()
         (bin_ / "speechctl").write_text(f'#!/bin/sh\nexec {shlex.join(stub.command)} "$@"\n')
         (bin_ / "speechctl").chmod(0o755)
         stub.env["PATH"] = f"{bin_}:{os.environ['PATH']}"
-        stub.command = slurm.desk("env", "-C", str(stub.root), *stub.command)
+        super().__init__(stub, slurm)
+        self.slurm = slurm
+        self.job = ""
 
     @contextmanager
     def launched(self) -> Iterator[None]:
@@ -177,61 +192,21 @@ class InJob(Place):
             self.slurm.at_desk("scancel", self.job)
             self.clean()
 
-    def send(self, node_rank: int, pid: int, number: int) -> None:
-        done = self.slurm.on(self.hosts[node_rank], "kill", f"-{number}", str(pid))
-        assert done.returncode == 0, done.stderr
-
     def kill_launcher(self) -> None:
         """Inside the job. The batch script outlives it."""
         next(process for process in self.processes() if "--in-allocation" in process.cmdline()).kill()
-
-    def lose_host(self, *, power: bool) -> None:
-        self.lost = self.hosts[-1]
-        self.slurm.power_off(self.lost) if power else self.slurm.cut(self.lost)
 
     def end(self) -> tuple[int, str]:
         if self.lost is not None:
             wait_until(lambda: self.slurm.show(self.job)["Restarts"] == "1", 60)
             wait_until(self.run.attempts()[0].failure.exists)
-            self.restore()
+            self.find_host()
         facts = self.slurm.wait_for(self.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=300)
         code, _, number = facts["ExitCode"].partition(":")
         assert number == "0" and (facts["JobState"] == "COMPLETED") == (code == "0"), facts
         return int(code), (self.run.slurm / f"job-{self.job}.log").read_text()
 
-    def restore(self) -> None:
-        if self.lost is not None and self.lost not in self.slurm.inside:
-            self.slurm.power_on(self.lost)
-        Cluster.mend(self.slurm)  # the network only
-
-    @contextmanager
-    def bystanders(self) -> Iterator[Callable[[], list[str]]]:
-        with on_each(self.slurm) as gone:
-            yield gone
-
-    def segments(self) -> list[str]:
-        return left_in_memory(self.slurm)
-
-
-@contextmanager
-def on_each(cluster: Cluster) -> Iterator[Callable[[], list[str]]]:
-    """A foreign process on every host; yields what names the hosts on which it is gone."""
-    there: dict[str, psutil.Process] = {}
-    with ExitStack() as stack:
-        for name in cluster.hosts:
-            command = ["nsenter", "--target", str(cluster.inside[name]), "--pid", "--mount", "--", "sleep", "600"]
-            parent = stack.enter_context(subprocess.Popen(command))
-            wait_until(psutil.Process(parent.pid).children)
-            there[name] = psutil.Process(parent.pid).children()[0]
-            stack.callback(end, there[name])
-        yield lambda: [name for name, process in there.items() if not process.is_running()]
-
 
 def end(process: psutil.Process) -> None:
     if process.is_running():
         process.kill()
-
-
-def left_in_memory(cluster: Cluster) -> list[str]:
-    """Shared memory on the hosts: each has its own, and nothing but the run has used it."""
-    return [f"{host}: {name}" for host in cluster.hosts for name in cluster.on(host, "ls", "/dev/shm").stdout.split()]

@@ -2,7 +2,8 @@
 
 A failure's `kind` is what happened first; its `code` is what the attempt ends with; `culprit` is what its message
 names; its `verdict` says what follows: `again` is a relaunch from the newest checkpoint, after which the run finishes;
-`mend` is for a person, because the same would happen again.
+`mend` is for a person, because the same would happen again. Under SLURM the relaunch is in the same life of the job,
+or, where a host may be at fault (`recovery.AT_ITS_HOST`) or the launcher is lost, in its next: it is queued again.
 """
 
 from __future__ import annotations
@@ -109,19 +110,19 @@ PEERS: dict[str, dict[str, Seen]] = {
         "deepspeed": Seen(-9, 0, left=3),
         "accelerate launch": Seen(-9, 0, left=2),
     },
-    "SIGSTOP rank": {
-        "torchrun": Seen(1, 52, named=True),
-        "deepspeed": Seen(1, 52, named=True),
-        "accelerate launch": Seen(1, 52, named=True),
+    "SIGSTOP rank": {  # the group's timeout is 20 s; unless told it is 30 min
+        "torchrun": Seen(1, 55, named=True),
+        "deepspeed": Seen(1, 59),
+        "accelerate launch": Seen(1, 57, named=True),
     },
     "port taken": {
-        "torchrun": Seen(1, 3),
-        "deepspeed": Seen(1, 9),
+        "torchrun": Seen(1, 7),
+        "deepspeed": Seen(1, 24),
         "accelerate launch": Seen(None, 130),
     },
     "crash loop": {
-        "torchrun": Seen(1, 10, named=True),
-        "deepspeed": Seen(247, 5),
+        "torchrun": Seen(1, 29, named=True),
+        "deepspeed": Seen(247, 6),
         "accelerate launch": Seen(None, 70),
     },
 }

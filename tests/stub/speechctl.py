@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher import cli, environment, hosts, start
 from launcher import plan as plans
+from launcher.hosts import Host
 from launcher.plan import Plan
 from launcher.prepare import run
 from launcher.recipe import Recipe
@@ -26,9 +27,10 @@ FACTS = {
 }
 
 
-def made_up(value: Recipe, path: Path) -> tuple[Plan, dict[str, Any]]:
+def made_up(value: Recipe, path: Path, machines: list[Host] | None = None) -> tuple[Plan, dict[str, Any]]:
     launch = value.launch
-    machines = hosts.local(launch.processes, 0) if launch.backend == "local" else environment.machines(value)
+    if machines is None:
+        machines = hosts.local(launch.processes, 0) if launch.backend == "local" else environment.machines(value)
     return plans.make(value, machines, FACTS), FACTS
 
 

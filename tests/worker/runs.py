@@ -49,10 +49,10 @@ def write_recipe(folder: Path, root: Path, text: str = RECIPE) -> Path:
 
 
 @contextmanager
-def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """A command under way; killed with its whole family at the end if it is still there."""
     process = subprocess.Popen(
-        [*SPEECHCTL, *arguments], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*SPEECHCTL, *arguments], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
         yield process

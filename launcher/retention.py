@@ -1,0 +1,98 @@
+"""Which checkpoints a run keeps, and the end of the others. Only what verifies counts as kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from launcher import rundir, sealed
+from launcher.errors import DataError, SpeechctlError
+from launcher.rundir import Run
+
+AT_LEAST = 2
+"""So many of the newest stay whatever the rules say: the newest may turn out to be damaged."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """As the recipe has them in `checkpoint`."""
+
+    last: int = AT_LEAST
+    best: int = 1
+    every_steps: int | None = None
+
+
+def keep(
+    steps: Collection[int],
+    wers: Mapping[int, float],
+    pinned: Collection[int],
+    rules: Rules,
+    verifies: Callable[[int], bool],
+) -> set[int]:
+    """Those of `steps` that stay.
+
+    One among the newest that does not verify stays too and counts for nothing: it is evidence, and restoring puts it
+    aside.
+
+    Args:
+        wers: of the steps that were evaluated. Of equal ones the earlier is the better.
+        verifies: asked about as few as the rules need; reading a checkpoint takes time.
+    """
+    kept = {step for step in steps if step in pinned or (rules.every_steps and step % rules.every_steps == 0)}
+    whole = 0
+    for step in sorted(steps, reverse=True):
+        if whole == max(AT_LEAST, rules.last):
+            break
+        kept.add(step)
+        whole += verifies(step)
+    best = 0
+    for step in sorted(set(steps) & wers.keys(), key=lambda step: (wers[step], step)):
+        if best == rules.best:
+            break
+        if verifies(step):
+            kept.add(step)
+            best += 1
+    return kept
+
+
+def surplus(run: Run, rules: Rules, whole: set[int], best_step: int = -1) -> list[int]:
+    """Sealed steps that the rules do not keep, oldest first.
+
+    Args:
+        whole: steps known to verify; those that are found to are added.
+    """
+
+    def verifies(step: int) -> bool:
+        if step not in whole:
+            try:
+                sealed.verify(run, step)
+            except (SpeechctlError, OSError):
+                return False
+            whole.add(step)
+        return True
+
+    steps = run.sealed_steps()
+    kept = keep(steps, wers(run, steps), {*sealed.pinned(run), best_step}, rules, verifies)
+    return [step for step in steps if step not in kept]
+
+
+def wers(run: Run, steps: Sequence[int]) -> dict[int, float]:
+    """As far as the steps were evaluated in training."""
+    found = {}
+    for step in steps:
+        try:
+            found[step] = float(rundir.read_json(run.evaluation(step))["wer"])
+        except (DataError, OSError, TypeError, KeyError, ValueError):
+            continue
+    return found
+
+
+def retain(run: Run, rules: Rules, whole: set[int], best_step: int = -1) -> list[int]:
+    """Remove what `surplus` names; returns the steps that were removed. One that is leased waits for the next time.
+
+    Raises:
+        StorageError: one could not be renamed away; nothing else was touched.
+    """
+    sealed.empty_trash(run)
+    with rundir.storage_errors(run.checkpoints):
+        return [step for step in surplus(run, rules, whole, best_step) if sealed.remove(run, step)]

@@ -1,0 +1,153 @@
+"""Sealed checkpoints of a run as others find them: verified, leased while they are read, pinned, or taken away.
+
+A lease is a lock on the checkpoint's manifest, which the kernel drops with the process that has it: nothing to renew,
+and nothing left behind by one that dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launcher import rundir
+from launcher.errors import DataError, NotFoundError
+from launcher.rundir import Run
+
+FORMAT = "speechctl.checkpoint/1"
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+"""What flock says on a file system that has none. Leases are not to be had there, and nobody is kept from reading."""
+
+
+def run_id(run: Run) -> str:
+    """What tells this run from every other, wherever it lies; empty where nobody gave it one."""
+    return str((rundir.read_json(run.provenance) or {}).get("id", ""))
+
+
+def marks(run: Run, step: int) -> dict[str, Any]:
+    """What the manifest of every checkpoint says of where it belongs."""
+    return {"format": FORMAT, "run": run_id(run), "step": step}
+
+
+def verify(run: Run, step: int, share: slice = slice(None)) -> dict[str, Any]:
+    """The manifest of a checkpoint of this run, after its files were read and hashed; nothing was unpickled.
+
+    Args:
+        share: which files to hash, as of `rundir.verify`.
+
+    Raises:
+        DataError: it is damaged, or is not what this run sealed at this step.
+    """
+    folder = run.checkpoint(step)
+    manifest = rundir.verify(folder, share)
+    for name, wanted in marks(run, step).items():
+        if manifest.get(name) != wanted:
+            raise DataError(
+                f"{folder} has {name} {manifest.get(name)!r}, expected {wanted!r}",
+                hint="it was put there from elsewhere; restore this run's own from a copy, or go back to an older one",
+            )
+    return manifest
+
+
+@contextmanager
+def lease(folder: Path) -> Iterator[None]:
+    """Keep a sealed checkpoint from being removed while it is read. Needs no more than the right to read it.
+
+    Raises:
+        NotFoundError: it is gone, or about to be.
+    """
+    manifest = folder / rundir.MANIFEST
+    gone = NotFoundError(f"{folder} is gone", hint="it was removed by the rules of `checkpoint`; take a newer one")
+    try:
+        fd = os.open(manifest, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise gone from None
+    try:
+        # Renamed away between the two, the name is of nothing, or of another one.
+        if not _lock(fd, fcntl.LOCK_SH) or not manifest.exists() or not os.path.samestat(manifest.stat(), os.fstat(fd)):
+            raise gone
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove(run: Run, step: int) -> bool:
+    """Take a sealed checkpoint away. Returns whether it went: one that is leased or pinned stays."""
+    folder = run.checkpoint(step)
+    try:
+        # To write: over NFS a lock of one's own needs that.
+        fd = os.open(folder / rundir.MANIFEST, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if not _lock(fd, fcntl.LOCK_EX) or step in pinned(run):
+            return False
+        trash(folder)
+        return True
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+# Pins ----------------------------------------------------------------------------------------------------------------
+
+
+def pin(run: Run, step: int) -> None:
+    """Have a sealed checkpoint stay whatever the rules say.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    with lease(run.checkpoint(step)):
+        rundir.write_bytes(run.pin(step), b"")
+
+
+def unpin(run: Run, step: int) -> None:
+    run.pin(step).unlink(missing_ok=True)
+
+
+def pinned(run: Run) -> set[int]:
+    names = [p.name.removeprefix("step-").removesuffix(".pinned") for p in run.checkpoints.glob("step-*.pinned")]
+    return {int(name) for name in names if name.isdecimal()}
+
+
+# Out of the way ------------------------------------------------------------------------------------------------------
+
+
+def rename_aside(folder: Path, word: str) -> Path:
+    """Rename `step-…` to `.WORD-step-…`, or to `….1`, … where that is taken; durable when this returns."""
+    target = candidate = folder.with_name(f".{word}-{folder.name.lstrip('.')}")
+    number = 0
+    while candidate.exists():
+        number += 1
+        candidate = target.with_name(f"{target.name}.{number}")
+    os.rename(folder, candidate)
+    rundir.sync_dir(folder.parent)
+    return candidate
+
+
+def trash(folder: Path) -> None:
+    """Rename away first, so that no reader ever finds half of it under its name. What cannot be deleted then waits for
+    `empty_trash`."""
+    shutil.rmtree(rename_aside(folder, "trash"), ignore_errors=True)
+
+
+def empty_trash(run: Run) -> None:
+    for leftover in run.checkpoints.glob(".trash-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
