@@ -43,7 +43,7 @@ def conclude(
         seen: what the launcher itself ended the attempt for.
     """
     order = order or range(len(returncodes))
-    ended = rundir.read_json(attempt.exit)
+    ended = rundir.read_json(attempt.exit) if rundir.there(attempt.exit) else None
     if ended is None:
         failure = seen or first_cause(attempt, returncodes, order)
     else:  # rank 0 writes it after the last seal

@@ -321,7 +321,7 @@ class Files:
         while True:
             lease = self._lease
             with contextlib.suppress(OSError):
-                self.stop_requested = self.attempt.run.stop_request.exists()
+                self.stop_requested = rundir.there(self.attempt.run.stop_request)
                 lease = self.attempt.lease.read_bytes()  # opened anew: NFS then asks its server
                 self.over = lease == OVER
             now = time.monotonic()

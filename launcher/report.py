@@ -168,7 +168,7 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
         reached: the steps from which and to which it came.
         held: whether a launcher has the run, and this is its newest attempt.
     """
-    ended, failure = rundir.read_json(attempt.exit), rundir.read_json(attempt.failure)
+    ended, failure = (rundir.read_json(p) if rundir.there(p) else None for p in (attempt.exit, attempt.failure))
     times = (row["time"] for p in (attempt.supervisor, attempt.events) for row in rundir.read_lines(p)[:1])
     if failure is not None:
         state, code = "failed", failure["code"]

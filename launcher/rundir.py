@@ -245,6 +245,15 @@ def _json(value: Any, indent: int | None = None) -> bytes:
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
+def there(path: Path) -> bool:
+    """Whether a file is there, by listing its directory. For what another machine may just have written: over NFS, a
+    name that was asked for in vain is missing for up to a minute more."""
+    try:
+        return path.name in os.listdir(path.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def read_json(path: Path) -> Any:
     """The value in `path`, or None where there is no such file.
 

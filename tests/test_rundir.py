@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from launcher import rundir
+from launcher import cause, report, rundir
 from launcher.errors import DataError, ExitCode, SpeechctlError, StorageError, UsageError
+from launcher.node import Files
 from launcher.rundir import MANIFEST, Run, RunLock
 
 # Files that are read whole --------------------------------------------------------------------------------------------
@@ -165,6 +167,60 @@ def test_a_seal_on_a_full_disk_publishes_nothing(small_disk: Path) -> None:
         rundir.seal(staged, small_disk / "step-00000001", {"text": "x" * 10_000})
     assert os.listdir(small_disk) == [".staged"]
     assert MANIFEST not in os.listdir(staged)
+
+
+# A network file system -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def like_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that were asked for in vain stay missing until their directory is listed."""
+    missing: set[str] = set()
+    exists, read_bytes, listdir = Path.exists, Path.read_bytes, os.listdir
+
+    def remembered(path: Path) -> bool:
+        if str(path) not in missing and exists(path):
+            return True
+        missing.add(str(path))
+        return False
+
+    def read(path: Path) -> bytes:
+        if not remembered(path):
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+        return read_bytes(path)
+
+    def listed(path: Path) -> list[str]:
+        names = listdir(path)
+        missing.difference_update(f"{path}/{name}" for name in names)
+        return names
+
+    monkeypatch.setattr(Path, "exists", remembered)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(os, "listdir", listed)
+
+
+def test_what_another_machine_has_just_written_is_found(tmp_path: Path, like_nfs: None) -> None:
+    """Over NFS a run that had finished was told as failed, and a request to stop was not seen for a minute, because
+    somebody had looked a moment too early."""
+    run = Run(tmp_path / "run")
+    for folder in (run.root, run.stop_request.parent):
+        folder.mkdir()
+    attempts = [run.new_attempt(), run.new_attempt()]
+    written = [run.stop_request, *(attempt.exit for attempt in attempts)]
+    for path in written:
+        assert not path.exists() and not rundir.there(path)
+    for path in written:
+        path.write_text('{"code": 0}')
+        assert not path.exists(), "as NFS has it"
+    assert report.start_of(attempts[0], None, False).state == "finished"
+    assert cause.conclude(attempts[1], [0]) == ExitCode.FINISHED
+    files = Files(attempts[0])
+    files.follow()
+    deadline = time.monotonic() + 20
+    while not files.stop_requested:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not rundir.there(tmp_path / "no folder" / "x")
 
 
 # Seals ----------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ class Training:
             minutes = (time.monotonic() - self.last_evaluation) / 60
             moment = Moment(progress.step, epochs, epochs_before, minutes)
             # Rank 0's clock and rank 0's view of the control directory decide for all.
-            asked = self.run.save_request.exists()
+            asked = rundir.there(self.run.save_request)
             wishes = [is_due(recipe.evaluate, moment, recipe.max_steps), asked]
             due, save = (bool(x) for x in self.ranks.sum([float(w and self.ranks.rank == 0) for w in wishes]))
             progress.evaluation_due = due
@@ -269,7 +269,7 @@ class Training:
         mark("optimizer")
         grad_norm = self.engine.step(rate)
         mark("agree")
-        stop = self.stop_flag[0] or (self.ranks.rank == 0 and self.run.stop_request.exists())
+        stop = self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request))
         seconds = [self.sampler.padded(b.indices) for b in mine if not b.filler]
         mine_to_say = [float(total), float(stop), sum(seconds), float(self.checkpoints.done)]
         loss_sum, stops, padded, saved = self.ranks.sum(mine_to_say)
@@ -321,7 +321,8 @@ class Training:
         self.event("evaluating", step=progress.step)
         mark("begin", "evaluate", progress.step)
         rows = self.evaluator.compute(
-            self.engine.infer, lambda: self.stop_flag[0] or (self.ranks.rank == 0 and self.run.stop_request.exists())
+            self.engine.infer,
+            lambda: self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request)),
         )
         if rows is None:
             return False
