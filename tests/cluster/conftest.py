@@ -67,7 +67,7 @@ ip link set lo up
 [ "$2" = desk ] || "$3" -f "sshd-$2" -E "log-$2"
 touch "up-$2"
 trap 'exit 0' TERM
-while :; do sleep 3600 & wait $! || :; done
+while :; do sleep 3600 & wait $!; done
 """
 
 
@@ -84,6 +84,7 @@ class Cluster:
     def up(self) -> None:
         known = [f"{NETWORK}.1 desk", "127.0.0.1 localhost", *(f"{a} {name}" for name, a in self.hosts.items())]
         (self.folder / "hosts").write_text("\n".join(known) + "\n")
+        (self.folder / "init").write_text(INIT)  # once: a shell reads its script as it goes
         (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
         (self.folder / "resolv.conf").touch()
         for name in ("desk", *self.hosts):
@@ -125,7 +126,6 @@ class Cluster:
             process.wait(20)
 
     def _boot(self, name: str) -> None:
-        (self.folder / "init").write_text(INIT)
         spaces = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         command = ["unshare", *spaces, "bash", str(self.folder / "init"), str(self.folder), name, sshd() or ""]
         up = self.folder / f"up-{name}"
