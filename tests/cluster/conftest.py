@@ -64,7 +64,7 @@ mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /dev/shm
 mkdir -p /run/sshd /run/munge
 ip link set lo up
-[ "$2" = desk ] || "$3" -f "sshd-$2" -E "log-$2"
+[ "$2" = desk ] || "$3" -f "sshd-$2" -E "$1/log-$2"
 touch "up-$2"
 trap 'exit 0' TERM
 while :; do sleep 3600 & wait $!; done
