@@ -55,6 +55,11 @@ def _pytest(*words: str) -> tuple[str, ...]:
     return ("pytest", "-p", "no:cacheprovider", *words)
 
 
+def _saves(name: str, file: str, word: str, unit: str, full: int, n: int | None = None) -> Part:
+    """Of the committer's tests, those of one kind of fault, `n` times."""
+    return Part(name, _pytest(f"tests/{file}", "-k", word), {"SPEECHCTL_TEST_COUNT": str(n or full)}, unit, full)
+
+
 PARTS = (
     Part(
         "injections",
@@ -72,6 +77,15 @@ PARTS = (
         "tests",
         sum(isinstance(cell, Cell) for row in TABLE.values() for cell in row.values()),
     ),
+    _saves("flips", "test_committer.py", "flipped", "flipped bits", 1000),
+    _saves("orphans", "test_committer.py", "orphan_woken", "orphans", 200),
+    _saves("races", "test_committer.py", "launchers", "races for the lock", 200),
+    _saves("kills-in-saves", "test_commit_kills.py", "kill_at_any_call", "kills in a save", 800, 5000),
+    _saves("bad-calls", "test_commit_kills.py", "call_that_fails", "failing calls in a save", 50, 90),
+    _saves("full-disks", "test_commit_disks.py", "full_disk", "full disks", 50),
+    _saves("power-cuts", "test_commit_disks.py", "power_cut_loses", "power cuts", 100),
+    _saves("schedules", "test_audit.py", "any_schedule", "tests", 200),
+    Part("reshard", _pytest("tests/worker/test_reshard.py"), {"SPEECHCTL_TEST_RESHARD": "all"}, "tests", 54),
     Part("peers", ("tests.faults.peers",), {}, "cells", 24),
     Part("kills", _pytest("tests/worker/test_train.py", "-k", "kill"), {"SPEECHCTL_TEST_KILLS": "10"}, "kills", 10),
     Part(
