@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipe_app, name="recipe")
+checkpoint_app = typer.Typer(help="Look after checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
 
@@ -467,6 +469,109 @@ def export(
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
     verbs.said_by("export", str(where.root), "--step", str(step), "--target", str(folder))
     ui.answer(str(folder))
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(
+    run: RunPath,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and hash every file, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoints of a run: WER, size, state, and what can go on from each.
+
+    `sealed`: the manifest is intact, and every file is there and has its size. `verified`: its content, too, is what
+    was sealed.
+    """
+    from launcher import checkpoints, ui, views
+    from launcher.rundir import Run
+
+    where = Run(run)
+    steps = checkpoints.chosen(where, [])
+    seen = [checkpoints.verify(where, s, views.hashed()) if verify else checkpoints.look(where, s) for s in steps]
+    rows = checkpoints.rows(where, seen)
+    if as_json:
+        ui.answer(json.dumps([row.to_json() for row in rows], indent=1))
+    else:
+        views.checkpoints(rows)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    run: RunPath,
+    steps: Annotated[
+        list[str],
+        typer.Argument(metavar="[STEP]...", help="Steps, best or last. Without any: all.", show_default=False),
+    ] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Read and hash every file of checkpoints, and compare with what was sealed.
+
+    Nothing is unpickled. Every problem of every checkpoint is listed.
+
+    Exit codes: 0 all verify, 5 one is damaged, 6 no such run or checkpoint.
+    """
+    from launcher import checkpoints, ui, views
+    from launcher.rundir import Run
+
+    where = Run(run)
+    seen = [checkpoints.verify(where, step, views.hashed()) for step in checkpoints.chosen(where, steps)]
+    if as_json:
+        ui.answer(json.dumps([condition.to_json() for condition in seen], indent=1))
+    else:
+        views.conditions(seen)
+    checkpoints.refuse_damaged(where, seen)
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    run: RunPath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the checkpoints that the recipe's rules do not keep, as a launcher does after each save.
+
+    Those that count are read and hashed first; two that verify always stay, and so does one that is being read. A run
+    that a launcher has is refused.
+    """
+    from launcher import checkpoints, ui, views
+    from launcher.rundir import Run
+
+    done = checkpoints.prune(Run(run), " ".join(sys.argv), dry_run=dry_run)
+    if as_json:
+        ui.answer(json.dumps(done.to_json(), indent=1))
+    else:
+        views.pruned(done)
+
+
+@checkpoint_app.command("pin")
+def checkpoint_pin(
+    run: RunPath,
+    step: Annotated[str, typer.Argument(metavar="STEP", help="A step, best or last.", show_default=False)],
+) -> None:
+    """Keep a checkpoint whatever the rules say."""
+    from launcher import checkpoints, ui
+    from launcher.rundir import Run
+
+    where = Run(run)
+    number = checkpoints.pin(where, step)
+    ui.answer(f"{where.checkpoint(number)} stays until it is unpinned")
+
+
+@checkpoint_app.command("unpin")
+def checkpoint_unpin(
+    run: RunPath,
+    step: Annotated[int, typer.Argument(metavar="STEP", min=0, help="A step.", show_default=False)],
+) -> None:
+    """Leave a pinned checkpoint to the rules again."""
+    from launcher import checkpoints, ui
+    from launcher.rundir import Run
+
+    where = Run(run)
+    checkpoints.unpin(where, step)
+    ui.answer(f"{where.checkpoint(step)} is left to the rules again")
 
 
 @app.command()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from launcher import report as reports
 from launcher import ui
+from launcher.checkpoints import Condition, Pruned, Row
 from launcher.errors import ExitCode
 from launcher.plan import Plan
 from launcher.prepare.between_hosts import proposals
@@ -279,3 +281,64 @@ def curve(evaluations: list[dict[str, Any]]) -> None:
         bar = "█" * round(min(1.0, e["wer"]) * 30)
         text = f"{e['step']:>8}  {e['wer']:>7.2%}  {counts}  {e['loss']:<8.4g} {bar}"
         ui.answer(text, style=ui.purple(e["wer"], first, best))
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(rows: list[Row]) -> None:
+    """A line for each, oldest first; what is wrong with one under it."""
+    if not rows:
+        ui.answer("no checkpoint is sealed yet")
+        return
+    known = [row.wer for row in rows if row.wer is not None]
+    ui.answer(f"{'step':>8}  {'WER':>8}  {'size':>10}  {'state':<8}  {'marks':<15}  resumes into")
+    for row in rows:
+        seen, into = row.condition, row.resumes_into
+        wer = "-" if row.wer is None else f"{row.wer:.2%}"
+        size = ui.size(seen.bytes) if seen.manifest else "-"
+        marks = ", ".join(
+            w for w, is_so in (("best", row.best), ("pinned", row.pinned), ("in use", row.leased)) if is_so
+        )
+        shape = "-" if into is None else shape_of(into)
+        text = f"{seen.step:>8}  {wer:>8}  {size:>10}  {seen.state:<8}  {marks:<15}  {shape}"
+        style = "" if row.wer is None else ui.purple(row.wer, known[0], min(known))
+        ui.answer(text, style="red" if seen.problems else style)
+        for problem in seen.problems:
+            ui.answer(f"{'':>8}  {problem}")
+
+
+def shape_of(into: dict[str, Any]) -> str:
+    return f"{ui.counted(into['world_size'], 'rank')}, ZeRO {into['zero_stage']}, {into['precision']}"
+
+
+def hashed() -> Callable[[int, int, int], None]:
+    """Says every few seconds how far the hashing of a checkpoint has come."""
+    shown = time.monotonic()
+
+    def tell(step: int, done: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= ui.Progress.EVERY_S:
+            shown = time.monotonic()
+            ui.say(f"step {step}: {ui.size(done)} of {ui.size(total)} hashed")
+
+    return tell
+
+
+def conditions(seen: list[Condition]) -> None:
+    """A line for each checkpoint that was verified; the problems are told by the error that follows."""
+    for one in seen:
+        what = f"{ui.counted(one.files, 'file')}, {ui.size(one.bytes)}" if one.manifest else ""
+        what = "it was removed meanwhile" if one.state == "gone" else what
+        ui.answer(f"{one.step:>8}  {one.state:<8}  {what}", style="red" if one.state == "damaged" else "")
+    if not seen:
+        ui.answer("no checkpoint is sealed yet")
+
+
+def pruned(done: Pruned) -> None:
+    goes = "would go" if done.dry_run else "removed"
+    for step in sorted(done.stays.keys() | done.goes.keys()):
+        what = ("stays", ", ".join(done.stays[step])) if step in done.stays else (goes, ui.size(done.goes[step]))
+        ui.answer(f"{step:>8}  {what[0]:<8}  {what[1]}")
+    freed = f", {ui.size(sum(done.goes.values()))}" if done.goes else ""
+    ui.answer(f"{ui.counted(len(done.goes), 'checkpoint')} {goes}{freed}; {len(done.stays)} kept")

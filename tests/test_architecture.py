@@ -46,6 +46,7 @@ ORDER = (
     "plan",
     "new_run",
     "report",
+    "checkpoints",
     "logs",
     "why",
     "vitals",

@@ -23,7 +23,8 @@ from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
 BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan"], ["evaluate", "export", "transcribe"]
-COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "logs", "attach", "stop", *AFTER]
+CHECKPOINT = [f"checkpoint {word}" for word in ("ls", "verify", "prune", "pin", "unpin")]
+COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "logs", "attach", "stop", *AFTER, *CHECKPOINT]
 
 Transcript = Callable[..., subprocess.CompletedProcess[str]]
 
