@@ -209,16 +209,30 @@ def pack(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Show what a launch would do: ranks, batches, steps, memory, commands. Starts and writes nothing."""
-    from launcher import recipe_file, start, ui, views
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    mtbf: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How often something fails, such as 24h.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a launch would do: ranks, batches, steps, memory, commands. Starts and writes nothing.
 
+    Also what a checkpoint costs, and how many steps between two lose least (Young/Daly): as measured by this run or
+    those beside it, or by an assumption that is named. The time of a restart is not in these losses.
+    """
+    from launcher import measured, recipe_file, start, ui, views
+
+    mtbf_s = None if mtbf is None else _length_of_time("--mtbf", mtbf)
     with recipe_file.resolved(recipe, overrides) as (value, path):
         made, _ = start.planned(value, path)
+        saving = measured.planned(value, made, mtbf_s)
     if as_json:
-        ui.answer(json.dumps(made.to_json(), indent=1))
+        ui.answer(json.dumps({**made.to_json(), "saving": saving.to_json()}, indent=1))
     else:
-        views.plan(made)
+        views.plan(made, saving)
 
 
 # A run ---------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher import report as reports
 from launcher import ui
+from launcher.cadence import Cadence
 from launcher.checkpoints import Condition, Pruned, Row
 from launcher.errors import ExitCode
 from launcher.plan import Plan
@@ -21,7 +22,7 @@ from launcher.rundir import Run
 from launcher.why import VERDICTS, Diagnosis
 
 
-def plan(value: Plan) -> None:
+def plan(value: Plan, saving: Cadence) -> None:
     """The plan as a person reads it before saying yes."""
     ranks = f"{value.world_size} on {machines(value)}"
     stage = "off (Accelerate)" if value.deepspeed is None else str(value.deepspeed["zero_optimization"]["stage"])
@@ -42,11 +43,43 @@ def plan(value: Plan) -> None:
             ("model", f"{value.parameters:,} parameters, {value.trained_parameters:,} trained"),
             ("memory", f"{ui.size(value.state_bytes_per_rank)} of model states a rank, activations on top"),
             ("checkpoint", ui.size(value.checkpoint_bytes)),
+            *cadence(saving),
             *(("note", note) for note in value.notes),
             *(("file", file) for file in value.files),
             *commands(value),
         ]
     )
+
+
+def cadence(value: Cadence) -> list[tuple[str, str]]:
+    """What saves cost, and how often they lose least."""
+    best = lasting(value.best_interval_s)
+    if value.best_every_steps is None:
+        own = f"every_steps {value.every_steps}: loss unknown, {value.step_source}"
+    else:
+        best = f"{ui.counted(value.best_every_steps, 'step')} ({best})"
+        assert value.every_steps_loss is not None and value.step_s is not None
+        own = f"every_steps {value.every_steps} loses {share(value.every_steps_loss)} of the time"
+    steps = "" if value.step_s is None else f"; a step takes {lasting(value.step_s)} ({value.step_source})"
+    return [
+        (
+            "save",
+            f"training waits {lasting(value.stall_s)}, durable after {lasting(value.durable_s)} ({value.saves_source})",
+        ),
+        ("interval", f"{own}; least is lost with a save every {best}: {share(value.best_loss)}"),
+        ("failures", f"one in {lasting(value.mtbf_s)} ({value.mtbf_source}; --mtbf sets it){steps}"),
+    ]
+
+
+def lasting(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 0.001 else "under 1 ms"
+
+
+def share(loss: float) -> str:
+    return f"{loss * 100:.2g}%" if loss >= 1e-5 else "under 0.001%"
 
 
 MANY = 8
