@@ -32,6 +32,7 @@ ORDER = (
     "redact",
     "secret",
     "rundir",
+    "staging",
     "sealed",
     "retention",
     "committer",
@@ -44,6 +45,8 @@ ORDER = (
     "backends.slurm",
     "backends",
     "plan",
+    "cadence",
+    "measured",
     "new_run",
     "report",
     "checkpoints",
@@ -95,6 +98,7 @@ CONTRACT = {
         "retention",
         "rundir",
         "sealed",
+        "staging",
     )
 }
 """All of the control side that the worker knows. Both sides write logs, and neither may write a secret there."""
