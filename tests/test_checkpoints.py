@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -207,36 +209,21 @@ def test_one_that_is_removed_while_it_is_looked_for_is_gone(run: Run, monkeypatc
 def test_asking_who_reads_keeps_nobody_from_reading(run: Run) -> None:
     """`leased` has the lock for a moment. A reader who met it was told that the checkpoint was gone, and a resume would
     have put it aside."""
-    folder, ended = run.checkpoint(4), threading.Event()
-
-    def ask() -> None:
-        while not ended.is_set():
-            sealed.leased(folder)
-
-    askers = [threading.Thread(target=ask) for _ in range(2)]
-    for asker in askers:
-        asker.start()
-    try:
-        for _ in range(300):
-            with sealed.lease(folder):
-                pass
-    finally:
-        ended.set()
-        for asker in askers:
-            asker.join()
+    fd = os.open(run.checkpoint(4) / rundir.MANIFEST, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    timer = threading.Timer(0.2, os.close, [fd])
+    timer.start()
+    with sealed.lease(run.checkpoint(4)):
+        assert timer.finished.is_set()
+    timer.join()
+    assert not sealed.leased(run.checkpoint(4))
 
 
-def test_a_file_that_cannot_be_read_and_ctrl_c_while_hashing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_far_it_has_come_and_a_file_that_cannot_be_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int, int]] = []
     seen = checkpoints.verify(run, 4, lambda *row: told.append(row))
     assert (seen.state, seen.files, seen.bytes) == ("verified", 3, 20_003)
     assert told[-1] == (4, 20_003, 20_003)
-
-    def interrupted(*_: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.verify(run, 4, interrupted)
 
     def broken(path: Path, each: object = None) -> dict[str, object]:
         raise OSError(5, "Input/output error")
@@ -246,6 +233,26 @@ def test_a_file_that_cannot_be_read_and_ctrl_c_while_hashing(run: Run, monkeypat
         f"{run.checkpoint(4)}/{name} cannot be read: Input/output error"
         for name in ("deepspeed/deep/er/rank-0.pt", "deepspeed/rank-0.pt", "rank-00000.rng.json")
     ]
+
+
+def test_ctrl_c_ends_all_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_the_end = []
+
+    def long(path: Path, each: Callable[[int], None]) -> dict[str, object]:
+        for _ in range(300):
+            time.sleep(0.01)
+            each(1)
+        to_the_end.append(path)
+        return {}
+
+    def interrupted(step: int, done: int, total: int) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rundir, "digest_file", long)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.verify(run, 4, interrupted)
+    assert to_the_end == []
 
 
 def test_the_words_for_steps(run: Run) -> None:
