@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -247,7 +248,7 @@ def test_ctrl_c_ends_all_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
     def interrupted(step: int, done: int, total: int) -> None:
         if done == 9:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(rundir, "digest_file", long)
     with pytest.raises(KeyboardInterrupt):
