@@ -59,16 +59,6 @@ def why_kept(
     return kept
 
 
-def keep(
-    steps: Collection[int],
-    wers: Mapping[int, float],
-    pinned: Collection[int],
-    rules: Rules,
-    verifies: Callable[[int], bool],
-) -> set[int]:
-    return set(why_kept(steps, wers, pinned, rules, verifies))
-
-
 def judged(run: Run, rules: Rules, whole: set[int], best_step: int = -1) -> dict[int, list[str]]:
     """Every sealed step, oldest first, and why it stays; without a reason it goes.
 

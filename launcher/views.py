@@ -60,14 +60,13 @@ def cadence(value: Cadence) -> list[tuple[str, str]]:
         best = f"{ui.counted(value.best_every_steps, 'step')} ({best})"
         assert value.every_steps_loss is not None and value.step_s is not None
         own = f"every_steps {value.every_steps} loses {share(value.every_steps_loss)} of the time"
-    steps = "" if value.step_s is None else f"; a step takes {lasting(value.step_s)} ({value.step_source})"
+    known = [] if value.step_s is None else [("step time", f"{lasting(value.step_s)} ({value.step_source})")]
+    waits, durable = lasting(value.stall_s), lasting(value.durable_s)
     return [
-        (
-            "save",
-            f"training waits {lasting(value.stall_s)}, durable after {lasting(value.durable_s)} ({value.saves_source})",
-        ),
+        ("save", f"training waits {waits}, durable after {durable} ({value.saves_source})"),
+        *known,
+        ("failures", f"one in {lasting(value.mtbf_s)} ({value.mtbf_source}; --mtbf sets it)"),
         ("interval", f"{own}; least is lost with a save every {best}: {share(value.best_loss)}"),
-        ("failures", f"one in {lasting(value.mtbf_s)} ({value.mtbf_source}; --mtbf sets it){steps}"),
     ]
 
 
