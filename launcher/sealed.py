@@ -95,7 +95,7 @@ def _is_at(path: Path, fd: int) -> bool:
     """Whether the open file still has this name; renamed away, the name is of nothing, or of another one."""
     try:
         return os.path.samestat(path.stat(), os.fstat(fd))
-    except OSError:
+    except FileNotFoundError:  # and nothing else: of what cannot be asked nobody may say that it is gone
         return False
 
 

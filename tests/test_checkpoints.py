@@ -220,6 +220,17 @@ def test_asking_who_reads_keeps_nobody_from_reading(run: Run) -> None:
     assert not sealed.leased(run.checkpoint(4))
 
 
+def test_what_cannot_be_asked_is_not_gone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume puts aside what is gone or damaged; a file server that fails for a moment makes nothing of the kind."""
+
+    def fails(*_: object) -> bool:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os.path, "samestat", fails)
+    with pytest.raises(OSError, match="Input/output error"), sealed.lease(run.checkpoint(4)):
+        pass
+
+
 def test_how_far_it_has_come_and_a_file_that_cannot_be_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int, int]] = []
     seen = checkpoints.verify(run, 4, lambda *row: told.append(row))
