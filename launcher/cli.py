@@ -210,16 +210,30 @@ def pack(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Show what a launch would do: ranks, batches, steps, memory, commands. Starts and writes nothing."""
-    from launcher import recipe_file, start, ui, views
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    mtbf: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How often something fails, such as 24h.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a launch would do: ranks, batches, steps, memory, commands. Starts and writes nothing.
 
+    Also what a checkpoint costs, and how many steps between two lose least (Young/Daly): as measured by this run or
+    those beside it, or by an assumption that is named. The time of a restart is not in these losses.
+    """
+    from launcher import measured, recipe_file, start, ui, views
+
+    mtbf_s = None if mtbf is None else _length_of_time("--mtbf", mtbf)
     with recipe_file.resolved(recipe, overrides) as (value, path):
         made, _ = start.planned(value, path)
+        saving = measured.planned(value, made, mtbf_s)
     if as_json:
-        ui.answer(json.dumps(made.to_json(), indent=1))
+        ui.answer(json.dumps({**made.to_json(), "saving": saving.to_json()}, indent=1))
     else:
-        views.plan(made)
+        views.plan(made, saving)
 
 
 # A run ---------------------------------------------------------------------------------------------------------------
@@ -469,6 +483,151 @@ def evaluate(
         )
 
 
+@app.command()
+def export(
+    run: RunPath,
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="TARGET", help="A directory to make. Default: RUN/exports/step-….", show_default=False),
+    ] = None,
+    checkpoint: Step = "best",
+) -> None:
+    """Write a checkpoint's model as a directory that other programs load."""
+    from launcher import report, ui, verbs
+    from launcher.errors import UsageError
+    from launcher.ownership import refuse_foreign
+    from launcher.rundir import Run
+
+    where = Run(run)
+    step = report.sealed_step(where, checkpoint)
+    refuse_foreign(where)
+    folder = (target or where.exports / f"step-{step:08d}").absolute()
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
+    verbs.said_by("export", str(where.root), "--step", str(step), "--target", str(folder))
+    ui.answer(str(folder))
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(
+    run: RunPath,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and hash every file, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoints of a run: WER, size, state, and what can go on from each.
+
+    `sealed`: the manifest is intact, and every file is there and has its size. `verified`: its content, too, is what
+    was sealed.
+    """
+    from launcher import checkpoints, ui, views
+    from launcher.rundir import Run
+
+    where = Run(run)
+    steps = checkpoints.chosen(where, [])
+    seen = [checkpoints.verify(where, s, views.hashed()) if verify else checkpoints.look(where, s) for s in steps]
+    rows = checkpoints.rows(where, seen)
+    if as_json:
+        ui.answer(json.dumps([row.to_json() for row in rows], indent=1))
+    else:
+        views.checkpoints(rows)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    run: RunPath,
+    steps: Annotated[
+        list[str],
+        typer.Argument(metavar="[STEP]...", help="Steps, best or last. Without any: all.", show_default=False),
+    ] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Read and hash every file of checkpoints, and compare with what was sealed.
+
+    Nothing is unpickled. Every problem of every checkpoint is listed.
+
+    Exit codes: 0 all verify, 5 one is damaged, 6 no such run or checkpoint.
+    """
+    from launcher import checkpoints, ui, views
+    from launcher.rundir import Run
+
+    where = Run(run)
+    seen = [checkpoints.verify(where, step, views.hashed()) for step in checkpoints.chosen(where, steps)]
+    if as_json:
+        ui.answer(json.dumps([condition.to_json() for condition in seen], indent=1))
+    else:
+        views.conditions(seen)
+    checkpoints.refuse_damaged(where, seen)
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    run: RunPath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the checkpoints that the recipe's rules do not keep, as a launcher does after each save.
+
+    Those that count are read and hashed first; two that verify always stay, and so does one that is being read. A run
+    that a launcher has is refused.
+    """
+    from launcher import checkpoints, ui, views
+    from launcher.rundir import Run
+
+    done = checkpoints.prune(Run(run), " ".join(sys.argv), dry_run=dry_run)
+    if as_json:
+        ui.answer(json.dumps(done.to_json(), indent=1))
+    else:
+        views.pruned(done)
+
+
+@checkpoint_app.command("pin")
+def checkpoint_pin(
+    run: RunPath,
+    step: Annotated[str, typer.Argument(metavar="STEP", help="A step, best or last.", show_default=False)],
+) -> None:
+    """Keep a checkpoint whatever the rules say."""
+    from launcher import checkpoints, ui
+    from launcher.rundir import Run
+
+    where = Run(run)
+    number = checkpoints.pin(where, step)
+    ui.answer(f"{where.checkpoint(number)} stays until it is unpinned")
+
+
+@checkpoint_app.command("unpin")
+def checkpoint_unpin(
+    run: RunPath,
+    step: Annotated[int, typer.Argument(metavar="STEP", min=0, help="A step.", show_default=False)],
+) -> None:
+    """Leave a pinned checkpoint to the rules again."""
+    from launcher import checkpoints, ui
+    from launcher.rundir import Run
+
+    where = Run(run)
+    checkpoints.unpin(where, step)
+    ui.answer(f"{where.checkpoint(step)} is left to the rules again")
+
+
+@app.command()
+def transcribe(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory made by `export`.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Sound files.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a model hears in sound files."""
+    from launcher import verbs
+    from launcher.errors import printable
+
+    said = verbs.said_by("transcribe", "--", str(model), *map(str, files)).splitlines()
+    for line in (text for text in said if text.startswith("{")):  # libraries may say something too
+        row = json.loads(line)
+        # Not through rich, which makes blanks of a tab: this is for `cut -f2`.
+        print(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
+
+
 @checkpoint_app.command("reshard")
 def checkpoint_reshard(
     run: RunPath,
@@ -502,48 +661,6 @@ def checkpoint_reshard(
     )
     if recipe_file.load(where.resolved).launch.backend == "local":
         ui.commands_next([f"speechctl resume {shlex.quote(str(where.root))} --set launch.processes={ranks}"])
-
-
-@app.command()
-def export(
-    run: RunPath,
-    target: Annotated[
-        Path | None,
-        typer.Argument(metavar="TARGET", help="A directory to make. Default: RUN/exports/step-….", show_default=False),
-    ] = None,
-    checkpoint: Step = "best",
-) -> None:
-    """Write a checkpoint's model as a directory that other programs load."""
-    from launcher import report, ui, verbs
-    from launcher.errors import UsageError
-    from launcher.ownership import refuse_foreign
-    from launcher.rundir import Run
-
-    where = Run(run)
-    step = report.sealed_step(where, checkpoint)
-    refuse_foreign(where)
-    folder = (target or where.exports / f"step-{step:08d}").absolute()
-    if folder.exists():
-        raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
-    verbs.said_by("export", str(where.root), "--step", str(step), "--target", str(folder))
-    ui.answer(str(folder))
-
-
-@app.command()
-def transcribe(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory made by `export`.", show_default=False)],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Sound files.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """Print what a model hears in sound files."""
-    from launcher import verbs
-    from launcher.errors import printable
-
-    said = verbs.said_by("transcribe", "--", str(model), *map(str, files)).splitlines()
-    for line in (text for text in said if text.startswith("{")):  # libraries may say something too
-        row = json.loads(line)
-        # Not through rich, which makes blanks of a tab: this is for `cut -f2`.
-        print(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
 
 
 def _refuse_both(debug: bool, detach: bool) -> None:

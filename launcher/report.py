@@ -279,6 +279,6 @@ def sealed_step(run: Run, which: str) -> int:
             )
         raise NotFoundError(
             f"{run.root} has no checkpoint {which}",
-            hint=f"--checkpoint takes best, last, or one of its sealed steps: {', '.join(map(str, value.sealed))}",
+            hint=f"take best, last, or one of its sealed steps: {', '.join(map(str, value.sealed))}",
         )
     return step

@@ -22,14 +22,14 @@ class Rules:
     every_steps: int | None = None
 
 
-def keep(
+def why_kept(
     steps: Collection[int],
     wers: Mapping[int, float],
     pinned: Collection[int],
     rules: Rules,
     verifies: Callable[[int], bool],
-) -> set[int]:
-    """Those of `steps` that stay.
+) -> dict[int, list[str]]:
+    """Those of `steps` that stay, and for what reasons.
 
     One among the newest that does not verify stays too and counts for nothing: it is evidence, and restoring puts it
     aside.
@@ -38,25 +38,29 @@ def keep(
         wers: of the steps that were evaluated. Of equal ones the earlier is the better.
         verifies: asked about as few as the rules need; reading a checkpoint takes time.
     """
-    kept = {step for step in steps if step in pinned or (rules.every_steps and step % rules.every_steps == 0)}
-    whole = 0
+    kept: dict[int, list[str]] = {step: ["pinned"] for step in steps if step in pinned}
+    if rules.every_steps:
+        for step in (s for s in steps if s % rules.every_steps == 0):
+            kept.setdefault(step, []).append(f"every {rules.every_steps} steps")
+    whole, last = 0, max(AT_LEAST, rules.last)
     for step in sorted(steps, reverse=True):
-        if whole == max(AT_LEAST, rules.last):
+        if whole == last:
             break
-        kept.add(step)
-        whole += verifies(step)
+        is_whole = verifies(step)
+        kept.setdefault(step, []).append(f"newest {last}" if is_whole else "damaged: not counted")
+        whole += is_whole
     best = 0
     for step in sorted(set(steps) & wers.keys(), key=lambda step: (wers[step], step)):
         if best == rules.best:
             break
         if verifies(step):
-            kept.add(step)
+            kept.setdefault(step, []).append("best WER" if rules.best == 1 else f"best {rules.best} WERs")
             best += 1
     return kept
 
 
-def surplus(run: Run, rules: Rules, whole: set[int], best_step: int = -1) -> list[int]:
-    """Sealed steps that the rules do not keep, oldest first.
+def judged(run: Run, rules: Rules, whole: set[int], best_step: int = -1) -> dict[int, list[str]]:
+    """Every sealed step, oldest first, and why it stays; without a reason it goes.
 
     Args:
         whole: steps known to verify; those that are found to are added.
@@ -65,15 +69,23 @@ def surplus(run: Run, rules: Rules, whole: set[int], best_step: int = -1) -> lis
     def verifies(step: int) -> bool:
         if step not in whole:
             try:
-                sealed.verify(run, step)
+                with sealed.lease(run.checkpoint(step)):
+                    sealed.verify(run, step)
             except (SpeechctlError, OSError):
                 return False
             whole.add(step)
         return True
 
     steps = run.sealed_steps()
-    kept = keep(steps, wers(run, steps), {*sealed.pinned(run), best_step}, rules, verifies)
-    return [step for step in steps if step not in kept]
+    kept = why_kept(steps, wers(run, steps), sealed.pinned(run), rules, verifies)
+    if best_step in steps and best_step not in kept:
+        kept[best_step] = ["best so far"]
+    return {step: kept.get(step, []) for step in steps}
+
+
+def surplus(run: Run, rules: Rules, whole: set[int], best_step: int = -1) -> list[int]:
+    """Sealed steps that the rules do not keep, oldest first; arguments as of `judged`."""
+    return [step for step, reasons in judged(run, rules, whole, best_step).items() if not reasons]
 
 
 def wers(run: Run, steps: Sequence[int]) -> dict[int, float]:

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -327,13 +327,18 @@ def avoided(run: Run, now: float | None = None) -> dict[str, dict[str, Any]]:
 # Seals ---------------------------------------------------------------------------------------------------------------
 
 
-def digest_file(path: Path) -> dict[str, Any]:
-    """`{"bytes", "xxh3_128"}` of one file, read in 4 MiB pieces."""
+def digest_file(path: Path, each: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
+    """`{"bytes", "xxh3_128"}` of one file, read in 4 MiB pieces.
+
+    Args:
+        each: called with the length of each piece; may raise to have an end.
+    """
     hasher, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while piece := file.read(4 << 20):
             hasher.update(piece)
             size += len(piece)
+            each(len(piece))
     return {"bytes": size, "xxh3_128": hasher.hexdigest()}
 
 
@@ -413,21 +418,42 @@ def verify(root: Path, share: slice = slice(None)) -> dict[str, Any]:
         DataError: names the first file that is missing, extra, unreadable, of another size or of another content.
     """
     manifest = manifest_of(root)
-    hint = "do not use it; restore it from a copy, or go back to an older one"
-    wanted, found = set(manifest["files"]), {str(p.relative_to(root)) for p in files_under(root)}
-    for name in sorted(wanted ^ found):
-        raise DataError(f"{root / name} is {'missing' if name in wanted else 'not in the manifest'}", hint=hint)
-    for name, digest in sorted(manifest["files"].items()):
-        if (size := (root / name).stat().st_size) != digest["bytes"]:
-            raise DataError(f"{root / name} has {size} bytes, {digest['bytes']} were sealed", hint=hint)
+    for problem in misfits(root, manifest).values():
+        raise DataError(problem, hint=DAMAGED)
     for name, digest in sorted(manifest["files"].items())[share]:
-        try:
-            found_digest = digest_file(root / name)
-        except OSError as error:
-            raise DataError(f"{root / name} cannot be read: {error.strerror}", hint=hint) from error
-        if found_digest != digest:
-            raise DataError(f"{root / name} has changed since it was sealed (xxh3-128 differs)", hint=hint)
+        if problem := damage(root / name, digest):
+            raise DataError(problem, hint=DAMAGED)
     return manifest
+
+
+DAMAGED = "do not use it; restore it from a copy, or go back to an older one"
+
+
+def misfits(root: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What can be seen without reading, by file: those that are missing, extra or of another size than was sealed."""
+    wanted = manifest["files"]
+    found = {str(p.relative_to(root)): p.stat().st_size for p in files_under(root)}
+    problems = {
+        name: f"{root / name} is {'missing' if name in wanted else 'not in the manifest'}"
+        for name in sorted(wanted.keys() ^ found.keys())
+    }
+    for name in sorted(wanted.keys() & found.keys()):
+        if found[name] != wanted[name]["bytes"]:
+            problems[name] = f"{root / name} has {found[name]} bytes, {wanted[name]['bytes']} were sealed"
+    return problems
+
+
+def damage(path: Path, digest: Mapping[str, Any], each: Callable[[int], object] = lambda _: None) -> str:
+    """What is wrong with the content of a sealed file, empty where nothing is. Reads all of it.
+
+    Args:
+        each: as of `digest_file`.
+    """
+    try:
+        found = digest_file(path, each)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return "" if found == digest else f"{path} has changed since it was sealed (xxh3-128 differs)"
 
 
 # The lock ------------------------------------------------------------------------------------------------------------
@@ -438,6 +464,10 @@ class RunLock:
 
     What was asked of the holder before, through `control/`, is not asked of this one and is removed.
 
+    Args:
+        visits: it only keeps others out for a while. What was asked stays asked, and the file names the last launcher
+            again in the end.
+
     Raises:
         UsageError: on entry, when another process holds it; the message names host, pid, command and since when.
         StorageError: on entry, where nothing can be locked or written.
@@ -446,9 +476,11 @@ class RunLock:
     PATIENCE_S = 1.0
     """Those who only ask for the holder take the lock for a moment, too."""
 
-    def __init__(self, run: Run, command: str) -> None:
+    def __init__(self, run: Run, command: str, *, visits: bool = False) -> None:
         self.run = run
         self.command = command
+        self.visits = visits
+        self.before = b""
         self.fd = -1
 
     def __enter__(self) -> RunLock:
@@ -460,20 +492,26 @@ class RunLock:
                 os.close(self.fd)
                 raise in_use(self.run)
             time.sleep(0.05)
-        for request in (self.run.stop_request, self.run.save_request):
-            request.unlink(missing_ok=True)
+        if self.visits:
+            self.before = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+        else:
+            for request in (self.run.stop_request, self.run.save_request):
+                request.unlink(missing_ok=True)
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": self.command}
         who |= {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
-        text = json.dumps(who).encode()
         try:
-            with storage_errors(self.run.lock):  # over the name of the holder before, which has its room on a full disk
-                if os.pwrite(self.fd, text, 0) < len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.ftruncate(self.fd, len(text))
+            self._write(json.dumps(who).encode())
         except BaseException:
             os.close(self.fd)
             raise
         return self
+
+    def _write(self, data: bytes) -> None:
+        """Over what is there, which has its room on a full disk."""
+        with storage_errors(self.run.lock):
+            if os.pwrite(self.fd, data, 0) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(self.fd, len(data))
 
     def _try(self) -> bool:
         try:
@@ -486,6 +524,8 @@ class RunLock:
         return True
 
     def __exit__(self, *_: object) -> None:
+        if self.before:
+            self._write(self.before)
         os.close(self.fd)
 
 

@@ -10,7 +10,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ FORMAT = "speechctl.checkpoint/1"
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 """What flock says on a file system that has none. Leases are not to be had there, and nobody is kept from reading."""
+
+
+PATIENCE_S = 1.0
+"""Who only asks whether a checkpoint is leased, and who finds it pinned, has its lock for a moment. Whoever removes it
+renames it at once."""
 
 
 def run_id(run: Run) -> str:
@@ -44,15 +50,21 @@ def verify(run: Run, step: int, share: slice = slice(None)) -> dict[str, Any]:
     Raises:
         DataError: it is damaged, or is not what this run sealed at this step.
     """
-    folder = run.checkpoint(step)
-    manifest = rundir.verify(folder, share)
+    manifest = rundir.verify(run.checkpoint(step), share)
+    if problem := foreign(run, step, manifest):
+        raise DataError(
+            problem,
+            hint="it was put there from elsewhere; restore this run's own from a copy, or go back to an older one",
+        )
+    return manifest
+
+
+def foreign(run: Run, step: int, manifest: Mapping[str, Any]) -> str:
+    """How a manifest is not what this run sealed at this step; empty where it is."""
     for name, wanted in marks(run, step).items():
         if manifest.get(name) != wanted:
-            raise DataError(
-                f"{folder} has {name} {manifest.get(name)!r}, expected {wanted!r}",
-                hint="it was put there from elsewhere; restore this run's own from a copy, or go back to an older one",
-            )
-    return manifest
+            return f"{run.checkpoint(step)} has {name} {manifest.get(name)!r}, expected {wanted!r}"
+    return ""
 
 
 @contextmanager
@@ -69,10 +81,32 @@ def lease(folder: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise gone from None
     try:
-        # Renamed away between the two, the name is of nothing, or of another one.
-        if not _lock(fd, fcntl.LOCK_SH) or not manifest.exists() or not os.path.samestat(manifest.stat(), os.fstat(fd)):
+        deadline = time.monotonic() + PATIENCE_S
+        while not (locked := _lock(fd, fcntl.LOCK_SH)) and _is_at(manifest, fd) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not locked or not _is_at(manifest, fd):
             raise gone
         yield
+    finally:
+        os.close(fd)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether the open file still has this name; renamed away, the name is of nothing, or of another one."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:  # and nothing else: of what cannot be asked nobody may say that it is gone
+        return False
+
+
+def leased(folder: Path) -> bool:
+    """Whether somebody reads a checkpoint just now, as far as this user may ask."""
+    try:
+        fd = os.open(folder / rundir.MANIFEST, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _lock(fd, fcntl.LOCK_EX)
     finally:
         os.close(fd)
 

@@ -16,6 +16,7 @@ from launcher import (
     facts,
     follow,
     jobs,
+    measured,
     new_run,
     ownership,
     recipe_file,
@@ -90,7 +91,7 @@ def launch(
         raise new_run.in_the_way(run)
     made, told = planned(value, path)
     if dry_run:
-        views.plan(made)
+        views.plan(made, measured.planned(value, made))
         return ExitCode.FINISHED
     values = secret.read(environment.secrets(value.launch))
     redact.use(values.values())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import shlex
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from launcher import report as reports
 from launcher import ui
+from launcher.cadence import Cadence
+from launcher.checkpoints import Condition, Pruned, Row
 from launcher.errors import ExitCode
 from launcher.plan import Plan
 from launcher.prepare.between_hosts import proposals
@@ -19,7 +22,7 @@ from launcher.rundir import Run
 from launcher.why import VERDICTS, Diagnosis
 
 
-def plan(value: Plan) -> None:
+def plan(value: Plan, saving: Cadence) -> None:
     """The plan as a person reads it before saying yes."""
     ranks = f"{value.world_size} on {machines(value)}"
     stage = "off (Accelerate)" if value.deepspeed is None else str(value.deepspeed["zero_optimization"]["stage"])
@@ -40,11 +43,42 @@ def plan(value: Plan) -> None:
             ("model", f"{value.parameters:,} parameters, {value.trained_parameters:,} trained"),
             ("memory", f"{ui.size(value.state_bytes_per_rank)} of model states a rank, activations on top"),
             ("checkpoint", ui.size(value.checkpoint_bytes)),
+            *cadence(saving),
             *(("note", note) for note in value.notes),
             *(("file", file) for file in value.files),
             *commands(value),
         ]
     )
+
+
+def cadence(value: Cadence) -> list[tuple[str, str]]:
+    """What saves cost, and how often they lose least."""
+    best = lasting(value.best_interval_s)
+    if value.best_every_steps is None:
+        own = f"every_steps {value.every_steps}: loss unknown, {value.step_source}"
+    else:
+        best = f"{ui.counted(value.best_every_steps, 'step')} ({best})"
+        assert value.every_steps_loss is not None and value.step_s is not None
+        own = f"every_steps {value.every_steps} loses {share(value.every_steps_loss)} of the time"
+    known = [] if value.step_s is None else [("step time", f"{lasting(value.step_s)} ({value.step_source})")]
+    waits, durable = lasting(value.stall_s), lasting(value.durable_s)
+    return [
+        ("save", f"training waits {waits}, durable after {durable} ({value.saves_source})"),
+        *known,
+        ("failures", f"one in {lasting(value.mtbf_s)} ({value.mtbf_source}; --mtbf sets it)"),
+        ("interval", f"{own}; least is lost with a save every {best}: {share(value.best_loss)}"),
+    ]
+
+
+def lasting(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 0.001 else "under 1 ms"
+
+
+def share(loss: float) -> str:
+    return f"{loss * 100:.2g}%" if loss >= 1e-5 else "under 0.001%"
 
 
 MANY = 8
@@ -279,3 +313,61 @@ def curve(evaluations: list[dict[str, Any]]) -> None:
         bar = "█" * round(min(1.0, e["wer"]) * 30)
         text = f"{e['step']:>8}  {e['wer']:>7.2%}  {counts}  {e['loss']:<8.4g} {bar}"
         ui.answer(text, style=ui.purple(e["wer"], first, best))
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(rows: list[Row]) -> None:
+    """A line for each, oldest first; what is wrong with one under it."""
+    if not rows:
+        ui.answer("no checkpoint is sealed yet")
+        return
+    known = [row.wer for row in rows if row.wer is not None]
+    ui.answer(f"{'step':>8}  {'WER':>8}  {'size':>10}  {'state':<8}  {'marks':<15}  {'ranks':>5}  resumes into")
+    for row in rows:
+        seen, into = row.condition, row.resumes_into
+        wer = "-" if row.wer is None else f"{row.wer:.2%}"
+        size = ui.size(seen.bytes) if seen.manifest else "-"
+        marks = ", ".join(
+            w for w, is_so in (("best", row.best), ("pinned", row.pinned), ("in use", row.leased)) if is_so
+        )
+        ranks = "-" if row.ranks is None else str(row.ranks)
+        shape = "-" if into is None else f"ZeRO {into['zero_stage']}, {into['precision']}, any number of ranks"
+        text = f"{seen.step:>8}  {wer:>8}  {size:>10}  {seen.state:<8}  {marks:<15}  {ranks:>5}  {shape}"
+        style = "" if row.wer is None else ui.purple(row.wer, known[0], min(known))
+        ui.answer(text, style="red" if seen.problems else style)
+        for problem in seen.problems:
+            ui.answer(f"{'':>8}  {problem}")
+
+
+def hashed() -> Callable[[int, int, int], None]:
+    """Says every few seconds how far the hashing of a checkpoint has come."""
+    shown = time.monotonic()
+
+    def tell(step: int, done: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= ui.Progress.EVERY_S:
+            shown = time.monotonic()
+            ui.say(f"step {step}: {ui.size(done)} of {ui.size(total)} hashed")
+
+    return tell
+
+
+def conditions(seen: list[Condition]) -> None:
+    """A line for each checkpoint that was verified; the problems are told by the error that follows."""
+    for one in seen:
+        what = f"{ui.counted(one.files, 'file')}, {ui.size(one.bytes)}" if one.manifest else ""
+        what = "it was removed meanwhile" if one.state == "gone" else what
+        ui.answer(f"{one.step:>8}  {one.state:<8}  {what}", style="red" if one.state == "damaged" else "")
+    if not seen:
+        ui.answer("no checkpoint is sealed yet")
+
+
+def pruned(done: Pruned) -> None:
+    goes = "would go" if done.dry_run else "removed"
+    for step in sorted(done.stays.keys() | done.goes.keys()):
+        what = ("stays", ", ".join(done.stays[step])) if step in done.stays else (goes, ui.size(done.goes[step]))
+        ui.answer(f"{step:>8}  {what[0]:<8}  {what[1]}")
+    freed = f", {ui.size(sum(done.goes.values()))}" if done.goes else ""
+    ui.answer(f"{ui.counted(len(done.goes), 'checkpoint')} {goes}{freed}; {len(done.stays)} kept")

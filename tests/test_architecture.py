@@ -32,6 +32,7 @@ ORDER = (
     "redact",
     "secret",
     "rundir",
+    "staging",
     "sealed",
     "retention",
     "committer",
@@ -44,10 +45,13 @@ ORDER = (
     "backends.slurm",
     "backends",
     "plan",
+    "cadence",
+    "measured",
     "new_run",
     "reshape",
     "report",
     "audit",
+    "checkpoints",
     "logs",
     "why",
     "vitals",
@@ -97,6 +101,7 @@ CONTRACT = {
         "retention",
         "rundir",
         "sealed",
+        "staging",
     )
 }
 """All of the control side that the worker knows. Both sides write logs, and neither may write a secret there."""

@@ -23,19 +23,8 @@ from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
 BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan"], ["evaluate", "export", "transcribe"]
-COMMANDS = [
-    *BEFORE,
-    "checkpoint reshard",
-    "launch",
-    "resume",
-    "status",
-    "why",
-    "audit",
-    "logs",
-    "attach",
-    "stop",
-    *AFTER,
-]
+CHECKPOINT = [f"checkpoint {word}" for word in ("ls", "verify", "prune", "pin", "unpin", "reshard")]
+COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "audit", "logs", "attach", "stop", *AFTER, *CHECKPOINT]
 
 Transcript = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -14,7 +14,7 @@ import pytest
 
 from launcher import retention, rundir, sealed
 from launcher.errors import NotFoundError
-from launcher.retention import Rules, keep
+from launcher.retention import Rules, why_kept
 from launcher.rundir import Run
 from tests.conftest import seed
 from tests.saving import alone, good, new_run
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Run:
     ],
 )
 def test_what_stays(rules: Rules, wers: dict[int, float], pinned: list[int], torn: list[int], kept: list[int]) -> None:
-    assert sorted(keep(range(1, 9), wers, pinned, rules, lambda step: step not in torn)) == kept
+    assert sorted(why_kept(range(1, 9), wers, pinned, rules, lambda step: step not in torn)) == kept
 
 
 def test_two_that_verify_stay_whatever_the_rules() -> None:
@@ -54,7 +54,7 @@ def test_two_that_verify_stay_whatever_the_rules() -> None:
         whole = {s for s in steps if dice.random() < 0.7}
         rules = Rules(dice.randrange(5), dice.randrange(4), dice.choice([None, 1, 7]))
         wers = {s: dice.random() for s in steps if dice.random() < 0.5}
-        kept = keep(steps, wers, dice.sample(range(40), 2), rules, whole.__contains__)
+        kept = set(why_kept(steps, wers, dice.sample(range(40), 2), rules, whole.__contains__))
         assert len(kept & whole) >= min(2, len(whole))
         assert kept <= set(steps)
 

@@ -84,6 +84,7 @@ PARTS = (
     _saves("bad-calls", "test_commit_kills.py", "call_that_fails", "failing calls in a save", 50, 90),
     _saves("full-disks", "test_commit_disks.py", "full_disk", "full disks", 50),
     _saves("power-cuts", "test_commit_disks.py", "power_cut_loses", "power cuts", 100),
+    _saves("kills-in-exports", "test_staging.py", "kill", "kills of a process that seals a directory", 20, 1000),
     _saves("schedules", "test_audit.py", "any_schedule", "tests", 200),
     Part("reshard", _pytest("tests/worker/test_reshard.py"), {"SPEECHCTL_TEST_RESHARD": "all"}, "tests", 54),
     Part("peers", ("tests.faults.peers",), {}, "cells", 24),

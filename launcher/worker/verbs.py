@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launcher import recipe_file, rundir
+from launcher import recipe_file, rundir, staging
 from launcher.errors import DataError, UsageError
 from launcher.rundir import Run
 
@@ -185,23 +183,17 @@ def export(options: argparse.Namespace) -> int:
 
     run = Run(options.run)
     recipe = recipe_file.load(run.resolved)
-    target: Path = options.target
-    staged = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    with rundir.storage_errors(staged):
-        staged.mkdir(parents=True)
-    try:
-        with rundir.storage_errors(staged):
-            write_export(restored(run, options.step, recipe.backbone, recipe.seed), staged)
-        source = {
-            "run": str(run.root),
-            "step": options.step,
-            "checkpoint": rundir.manifest_of(run.checkpoint(options.step))["digest"],
-        }
-        rundir.seal(staged, target, {"format": "speechctl.export/1", "source": source})
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    print(target)
+    model = restored(run, options.step, recipe.backbone, recipe.seed)
+    source = {
+        "run": str(run.root),
+        "step": options.step,
+        "checkpoint": rundir.manifest_of(run.checkpoint(options.step))["digest"],
+    }
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    with staging.staged(options.target, need) as folder:
+        write_export(model, folder)
+        rundir.seal(folder, options.target, {"format": "speechctl.export/1", "source": source})
+    print(options.target)
     return 0
 
 
