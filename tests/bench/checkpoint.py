@@ -60,7 +60,7 @@ def seen(folder: Path, stage: int, runs: int) -> Any:
     argv += ["-m", "tests.bench.checkpoint_ways", str(folder), str(recipe), str(stage), str(runs)]
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
     with open(folder / "log", "w") as log:
-        done = subprocess.run(argv, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(argv, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=3600, check=False)
     assert done.returncode == 0, (folder / "log").read_text()[-5000:]
     return json.loads((folder / "seen.json").read_text())
 

@@ -245,21 +245,30 @@ class Bench:
         return way
 
     def add_deepspeeds(self, name: str, writer: dict[str, Any] | None) -> None:
-        """One of DeepSpeed's own engines, as its configuration would make it; or why there is none here."""
+        """One of DeepSpeed's own engines, as its configuration would make it; or why it cannot save this state."""
         before = self.deepspeed.checkpoint_engine, self.deepspeed.save_non_zero_checkpoint
-        why = ""
+        engine, why = None, ""
         try:
             given = {"checkpoint": {} if writer is None else {"writer": writer}}
             self.deepspeed._config.checkpoint_config = get_checkpoint_config(given)
             self.deepspeed.save_non_zero_checkpoint = False
             self.deepspeed._configure_checkpointing()
-            self.theirs[name] = (self.deepspeed.checkpoint_engine, self.deepspeed.save_non_zero_checkpoint)
+            engine = self.deepspeed.checkpoint_engine
+            self.theirs[name] = (engine, self.deepspeed.save_non_zero_checkpoint)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
         self.deepspeed.checkpoint_engine, self.deepspeed.save_non_zero_checkpoint = before
-        if why := next((one for one in self.ranks.gather(why) if one), ""):
-            self.cannot[name] = why
-            self.theirs.pop(name, None)
+        if not (why := next((one for one in self.ranks.gather(why) if one), "")):
+            try:
+                self.measure(partial(self.deepspeeds, name))
+                return
+            except Exception as error:  # on both ranks, or the bench ends by its time limit
+                why = f"{type(error).__name__}: {error}"
+                shutil.rmtree(self.folder / "fresh", ignore_errors=True)
+        self.theirs.pop(name, None)
+        self.cannot[name] = self.ranks.gather(why)[0]
+        if engine is not None:
+            engine.cleanup()
 
     def deepspeeds(self, name: str) -> Way:
         """DeepSpeed fsyncs nothing but in its aio writer; here this rank's files are, once it is done."""
