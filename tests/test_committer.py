@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import committer as committing
 from launcher import rundir, sealed
 from launcher.committer import Committer
 from launcher.errors import DataError, InfrastructureError
@@ -102,6 +103,32 @@ def test_a_rename_that_may_not_last_is_taken_back(run: Run, monkeypatch: pytest.
     assert "Input/output error" in outcome.error
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000001"]
     alone(run, 2)
+
+
+def test_the_disk_begins_before_the_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gigabyte was still in memory when fsync came, which then took a third of the time. What the disk was told to
+    begin with is fsynced and hashed all the same, and so is the rest."""
+    piece = committing.PIECE
+    monkeypatch.setattr(committing, "WINDOW", 2 * piece)
+    said: list[tuple[str, int, int]] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, advice: said.append(("begin", at, size)))
+
+    def fsync(fd: int) -> None:
+        said.append(("fsync", 0, os.fstat(fd).st_size))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    data = bytes(range(256)) * (piece // 256)
+    path = tmp_path / "x"
+    digest = committing.write_hashed(path, lambda sink: [sink.write(part) for part in (data * 3, data[:5], data * 2)])
+    assert said == [
+        ("begin", 0, 2 * piece),
+        ("begin", 2 * piece, 2 * piece + 5),
+        ("fsync", 0, 5 * piece + 5),
+    ]
+    assert path.read_bytes() == data * 3 + data[:5] + data * 2
+    assert digest == rundir.digest_file(path)
 
 
 def test_who_has_the_run_is_asked_at_every_save(run: Run) -> None:

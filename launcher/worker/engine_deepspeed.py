@@ -133,6 +133,13 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         pass
 
+    def preserves_storage_sharing(self) -> bool:
+        """
+        True has DeepSpeed clone the weights first, into fresh memory, so that torch.save does not write all of a flat
+        buffer for a view of it. Copies of ours are of the view alone.
+        """
+        return not self.memory.copies
+
     def save(self, state_dict: Any, path: str) -> None:
         try:
             self.taken.append(self.memory.file(str(Path(path).relative_to(self.ROOT)), state_dict))

@@ -146,6 +146,7 @@ class Training:
         mark("restore")
         self.checkpoints.fence()
         restored, put_aside = self.checkpoints.restore(fresh)
+        self.checkpoints.warm()
         self.progress = restored or Progress()
         self.sealed_step = -1 if restored is None else restored.step
         self.saving: Saving | None = None

@@ -20,6 +20,7 @@ from launcher.rundir import Attempt, Run
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress
 from launcher.worker.data import Tensors
 from launcher.worker.engine import Engine
+from launcher.worker.engine_deepspeed import CheckpointFiles
 from launcher.worker.host_memory import HostMemory
 from launcher.worker.ranks import Ranks
 
@@ -75,6 +76,18 @@ def test_a_copy_is_of_its_moment_and_its_memory_is_used_again() -> None:
         assert torch.equal(found["p"], torch.ones(2))
         assert found["list"][0] == 1 and found["list"][1].value == 1.0
     assert places[0] == places[1]
+
+
+def test_a_copy_of_a_view_is_of_the_view_alone() -> None:
+    """DeepSpeed need not clone views before they get here: the weights were copied twice, once into fresh memory."""
+    file = HostMemory(copies=True).file("x.pt", {"a": torch.zeros(1_000_000)[:8]})
+    out = io.BytesIO()
+    file.write(out)
+    assert len(out.getvalue()) < 10_000
+    files = CheckpointFiles()
+    assert files.preserves_storage_sharing(), "a synchronous save takes no copy: DeepSpeed must"
+    files.begin(HostMemory(copies=True))
+    assert not files.preserves_storage_sharing()
 
 
 class Slow(Engine):
@@ -145,6 +158,28 @@ def test_synchronous_takes_no_copy_and_is_durable_at_once(attempt: Attempt) -> N
     assert attempt.run.sealed_steps() == [3]
     assert not them.memory._kept
     assert them.settle().error == ""
+
+
+def test_the_memory_is_there_before_the_first_save(attempt: Attempt) -> None:
+    """The first save waited five times as long for fresh memory as for the copy."""
+    engine = Slow()
+    engine.go.set()
+    them = of(attempt, engine)
+    them.warm()
+    places = [t.data_ptr() for t in them.memory._kept.values()]
+    assert places and not attempt.run.sealed_steps()
+    engine.value.fill_(7)
+    them.begin(Progress(step=3))
+    assert them.settle().error == ""
+    assert [t.data_ptr() for t in them.memory._kept.values()] == places
+    engine.value.fill_(0)
+    of(attempt, engine).restore(fresh=False)
+    assert engine.value.tolist() == [7] * 5
+    engine.fails = True
+    them.warm()  # the saves will say it
+    synchronous = of(attempt, engine, asynchronous=False)
+    synchronous.warm()
+    assert not synchronous.memory._kept
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

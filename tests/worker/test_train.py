@@ -234,7 +234,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
         "    whole, calls = HostMemory.file, []\n"
         "    def file(self, *rest):\n"
         "        calls.append(rest)\n"
-        "        if len(calls) == 3: raise MemoryError('no room')\n"
+        "        if len(calls) == 4: raise MemoryError('no room')\n"  # the first takes the memory, before any save
         "        return whole(self, *rest)\n"
         "    HostMemory.file = file\n"
     )
