@@ -329,8 +329,9 @@ class _Hashed:
                 self.size += written
                 if self.size - self.begun >= WINDOW:
                     # Linux begins to write such pages, and drops none that it has not written. Should that fail,
-                    # fsync still says so.
-                    os.posix_fadvise(self.fd, self.begun, self.size - self.begun, os.POSIX_FADV_DONTNEED)
+                    # fsync still says so; a file system that takes no advice is none the worse.
+                    with contextlib.suppress(OSError):
+                        os.posix_fadvise(self.fd, self.begun, self.size - self.begun, os.POSIX_FADV_DONTNEED)
                     self.begun = self.size
         except OSError as error:
             self.error = self.error or error
