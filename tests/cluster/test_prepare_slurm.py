@@ -97,6 +97,8 @@ def test_nodes_that_cannot_be_had_are_one_error_with_the_reason(two: Two) -> Non
     assert (done.stdout, file.read_text()) == ("node1 slots=2\n", "node1 slots=2\n"), done.stderr
     file.unlink()
     two.slurm.at_desk("scontrol", "update", "nodename=node2", "state=resume")
+    state = ("sinfo", "--noheader", "--nodes=node2", "--format=%t")
+    wait_until(lambda: two.slurm.at_desk(*state).stdout.split() == ["idle"])
     assert two.stub.speechctl(*command).stdout == "node1 slots=2\nnode2 slots=2\n"
     file.unlink()
     done = two.stub.speechctl(*command, "--set", "launch.slurm.exclude=node[1-9]")
