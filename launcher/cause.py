@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher import account, rundir
+from launcher import account, report, rundir
 from launcher.backends import slurm, ssh
 from launcher.errors import ExitCode
 from launcher.failure import OF_CODE, Failure, places, read_progress, resume
@@ -392,9 +392,7 @@ def of_lost_launcher(attempt: Attempt) -> Failure | None:
     if attempt.failure.exists():
         return None
     ended = rundir.read_json(attempt.exit)
-    nodes = [rundir.read_json(p) for p in sorted(attempt.root.glob("node-*.json"))]
-    alone = [n for n in nodes if n.get("asked") and "launcher" in n["asked"]]
-    if ended is not None and (ended["code"] != ExitCode.STOPPED or not alone):
+    if ended is not None and not report.left_alone(attempt, ended):
         return None
     done = f"; its ranks sealed step {ended['sealed_step']} and ended" if ended is not None else ""
     message = f"the launcher of attempt {attempt.number} went away without a word{done}"

@@ -272,16 +272,14 @@ def launch(
     reached or refused, 5 data or a checkpoint failed verification, 74 storage, 75 stopped with the work saved, 76
     something under the run died (resume), 77 out of memory, 78 no progress in several attempts (look into it first).
     """
-    from launcher import recipe_file, start
+    from launcher import start
 
     _refuse_both(debug, detach)
     if backend is not None:
         overrides = [*start.for_backend(backend), *overrides]
     if debug:
         overrides = [*overrides, *start.DEBUG]
-    with recipe_file.resolved(recipe, overrides) as (value, path):
-        code = start.launch(recipe, value, path, dry_run=dry_run, hold=hold, debug=debug, detach=detach)
-    raise typer.Exit(code)
+    raise typer.Exit(start.launch(recipe, overrides, dry_run=dry_run, hold=hold, debug=debug, detach=detach))
 
 
 @app.command()

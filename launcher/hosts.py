@@ -350,7 +350,7 @@ def _neighbours(path: Path) -> str:
 
 
 def select(hosts: Sequence[Host], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Host]:
-    """What `--include` and then `--exclude` leave of `hosts`, in the order of `hosts`.
+    """What `include` and then `exclude` leave of `hosts`, in the order of `hosts`.
 
     DeepSpeed's grammar, `worker-0@worker-1:0,2`: hosts parted by `@`, each whole or with the slots that are meant. Also
     ranges, `worker-1:0-3`, and patterns, `worker-*:0`. What is said more than once adds up. In both options, slots are
@@ -363,15 +363,15 @@ def select(hosts: Sequence[Host], include: Sequence[str] = (), exclude: Sequence
     problems: list[str] = []
     chosen = {host.name: set(range(host.slots)) for host in hosts}
     if include:
-        chosen = _named(hosts, include, "--include", problems)
-    for name, slots in _named(hosts, exclude, "--exclude", problems).items():
+        chosen = _named(hosts, include, "launch.include", problems)
+    for name, slots in _named(hosts, exclude, "launch.exclude", problems).items():
         chosen[name] -= slots
-    hint = "hosts are parted by `@`, slots follow a colon: `worker-0@worker-1:0,2`; the hosts are " + _few(hosts)
+    hint = "slots follow a colon: [worker-0, 'worker-1:0,2']; the hosts are " + _few(hosts)
     if problems:
         raise UsageError("\n".join(problems), hint=hint)
     left = [_narrowed(host, sorted(chosen[host.name])) for host in hosts if chosen[host.name]]
     if not left:
-        said = [*(f"--include {text}" for text in include), *(f"--exclude {text}" for text in exclude)]
+        said = [*(f"launch.include {text}" for text in include), *(f"launch.exclude {text}" for text in exclude)]
         raise UsageError(f"expected at least one host, found none left by {' '.join(said)}", hint=hint)
     return left
 

@@ -113,6 +113,7 @@ def submitted(argv: Sequence[str], launch: Launch) -> str:
 
 
 HINTS = (
+    ("configuration source|DNS SRV", "this machine is in no SLURM cluster: go to the login node"),
     ("partition", "`sinfo` lists the partitions; set launch.slurm.partition"),
     ("account|association", "`sacctmgr show associations user=$USER` lists the accounts; set launch.slurm.account"),
     ("(?i)qos", "set launch.slurm.qos, or leave it out"),

@@ -134,7 +134,9 @@ class Launch(Section):
         if self.backend == "ssh" and self.hostfile is None:
             raise ValueError("backend ssh needs launch.hostfile, the file that names its machines")
         if self.backend == "ssh" and self.processes != "auto":
-            raise ValueError("launch.processes is not for backend ssh: there the hostfile says slots=N for each host")
+            raise ValueError(
+                "launch.processes is not for backend ssh: there the hostfile says slots=N for each host; say auto"
+            )
         if self.backend != "ssh" and (self.hostfile or self.include or self.exclude):
             raise ValueError(f"hostfile, include and exclude are of backend ssh, and the backend is {self.backend}")
         if self.backend == "local" and self.nodes not in ("auto", 1):
@@ -148,7 +150,9 @@ class Launch(Section):
                 " would wait in the queue with the job, where SLURM keeps it"
             )
         if self.backend == "slurm" and self.nodes == "auto":
-            raise ValueError("backend slurm needs launch.nodes, how many nodes to ask for")
+            raise ValueError(
+                "backend slurm needs launch.nodes, how many nodes to ask for, such as --set launch.nodes=2"
+            )
         if self.backend == "slurm":
             self._time_to_save()
         return self

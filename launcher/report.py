@@ -121,6 +121,8 @@ def read(run: Run) -> Report:
 
 def _read(run: Run) -> Report:
     plan = rundir.read_json(run.plan)
+    if plan is None:
+        raise DataError(f"{run.plan} is missing", hint="restore it from a copy; `speechctl launch` makes another run")
     attempts = run.attempts()
     paths = [p for p in sorted(run.evaluations.glob("step-*.json")) if p.name.count(".") == 1]
     evaluations: list[dict[str, Any]] = [rundir.read_json(p) for p in paths]
@@ -172,6 +174,8 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
     times = (row["time"] for p in (attempt.supervisor, attempt.events) for row in rundir.read_lines(p)[:1])
     if failure is not None:
         state, code = "failed", failure["code"]
+    elif ended is not None and not held and left_alone(attempt, ended):
+        state, code = "interrupted", None
     elif ended is not None:
         state, code = "finished" if ended["code"] == ExitCode.FINISHED else "stopped", ended["code"]
     else:
@@ -186,6 +190,12 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
         code=code,
         failure=failure,
     )
+
+
+def left_alone(attempt: Attempt, ended: dict[str, Any]) -> bool:
+    """Whether ranks sealed and stopped because their launcher was gone, and not because anybody had asked for it."""
+    nodes = (rundir.read_json(path) for path in sorted(attempt.root.glob("node-*.json")))
+    return ended["code"] == ExitCode.STOPPED and any(n.get("asked") and "launcher" in n["asked"] for n in nodes)
 
 
 def layout(attempt: Attempt) -> list[Node]:

@@ -31,7 +31,7 @@ from launcher import (
     views,
 )
 from launcher import plan as plans
-from launcher.errors import ExitCode, UsageError
+from launcher.errors import ExitCode, HostError, UsageError
 from launcher.hosts import Host
 from launcher.jobs import Job
 from launcher.plan import Plan
@@ -72,32 +72,25 @@ def planned(value: Recipe, path: Path, machines: list[Host] | None = None) -> tu
 
 
 def launch(
-    recipe: Path, value: Recipe, path: Path, *, dry_run: bool, hold: bool, debug: bool, detach: bool
+    recipe: Path, overrides: list[str], *, dry_run: bool, hold: bool, debug: bool, detach: bool
 ) -> int | ExitCode:
-    """
-    Args:
-        recipe: what the user named.
-        value: the recipe with its overrides, and paths made absolute.
-        path: that in a file.
-
-    Returns:
-        the exit code of the command.
-    """
-    run = Run(value.run_path)
-    if hold and new_run.is_of(run, path):
-        ui.answer(str(run.root))
-        return ExitCode.FINISHED
-    if not dry_run and run.root.exists():
-        raise new_run.in_the_way(run)
-    made, told = planned(value, path)
-    if dry_run:
-        views.plan(made, measured.planned(value, made))
-        return ExitCode.FINISHED
-    values = secret.read(environment.secrets(value.launch))
-    redact.use(values.values())
-    secret.refuse_in_recipe(values, recipe.read_text(errors="replace") + path.read_text())
-    preflight.before_launch(value, made.hosts)
-    new_run.create(run, recipe, path, made, told)
+    """Returns the exit code of the command."""
+    with recipe_file.resolved(recipe, overrides) as (value, path):
+        run = Run(value.run_path)
+        if hold and new_run.is_of(run, path):
+            ui.answer(str(run.root))
+            return ExitCode.FINISHED
+        if not dry_run and run.root.exists():
+            raise new_run.in_the_way(run)
+        made, told = planned(value, path)
+        if dry_run:
+            views.plan(made, measured.planned(value, made))
+            return ExitCode.FINISHED
+        values = secret.read(environment.secrets(value.launch))
+        redact.use(values.values())
+        secret.refuse_in_recipe(values, recipe.read_text(errors="replace") + path.read_text())
+        preflight.before_launch(value, made.hosts)
+        new_run.create(run, recipe, path, made, told)
     if hold:
         ui.answer(str(run.root))
         return ExitCode.FINISHED
@@ -181,9 +174,14 @@ def stop(run: Run, *, wait: bool) -> None:
 
     Raises:
         UsageError: nobody has the run, and no job of it waits.
+        HostError: SLURM does not say whether one does.
     """
     if report.read(run).holder is None:
         job = jobs.current(run)
+        if job is not None and not job.is_there and not job.is_gone:
+            raise HostError(
+                f"nobody has {run.root}, and its job may wait: {job}", hint=f"`scancel {job.id}` once SLURM answers"
+            )
         if job is None or not job.is_there:
             raise UsageError(f"{run.root} is not running", hint=f"`speechctl status {run.root}` shows how it ended")
         jobs.cancel(job)

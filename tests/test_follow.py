@@ -194,6 +194,18 @@ def test_a_launcher_that_is_killed_while_we_follow(detached: Stub) -> None:
     assert gone(ranks, within_s=20)
 
 
+def test_ranks_that_sealed_alone_were_asked_by_nobody(detached: Stub) -> None:
+    """A launcher that was killed read as `stopped on request` until somebody resumed, since its ranks had sealed."""
+    assert detached.speechctl("launch", "stub.yaml", "-d").returncode == 0
+    ranks = detached.wait_for_ranks()
+    os.kill(launcher_of(detached), signal.SIGKILL)
+    assert gone(ranks, within_s=20)
+    assert rundir.read_json(detached.run.attempts()[0].exit)["code"] == ExitCode.STOPPED
+    assert "\nstate   interrupted: the launcher was gone" in detached.speechctl("status", "stub").stdout
+    assert "launcher lost" in detached.speechctl("why", "stub").stdout
+    assert detached.speechctl("attach", "stub").returncode == ExitCode.INFRASTRUCTURE
+
+
 def test_a_failure_ends_those_who_follow_with_its_code(stub: Stub) -> None:
     stub.behave("raise 2", "lost")
     with stub.start(*stub.command, "launch", "stub.yaml") as launch:

@@ -374,6 +374,8 @@ class Inside:
         self.stop = self.run / "control" / "stop"
         for folder in (self.bin, self.stop.parent, self.run / "slurm"):
             folder.mkdir(parents=True)
+        (self.run / "resolved.yaml").touch()
+        (self.run / "lock").write_text('{"pid": 1, "job": "7"}')
         known = f'[ ! -e "{root}/state" ] || cat "{root}/state"'
         refuses = f'exit "$(cat "{root}/refuses" 2>/dev/null || echo 0)"'
         self.program("scontrol", f'echo "$*" >>"{root}/asked"; {known}; {refuses}')
@@ -480,6 +482,24 @@ def test_a_save_that_outlasts_the_grace_ends_for_what_slurm_wanted(
     rundir.write_json(attempt.node(0), {"host": "here", "returncode": -9, "asked": None, "killed": killed})
     cause.conclude(attempt, [1])
     assert rundir.read_json(attempt.failure)["kind"] == kind
+
+
+def test_a_job_that_waits_for_the_run_stops_nobody_else(inside: Inside) -> None:
+    """The warning of a second job, which only waited for the lock, once stopped the job that trained."""
+    (inside.run / "lock").write_text('{"pid": 1, "job": "6"}')
+    done = inside.go("kill -USR2 $script; read -rt 2 <> <(:); exit 2")
+    assert (done.returncode, inside.asked, inside.stop.exists()) == (2, [], False)
+
+
+def test_a_run_may_be_called_by_its_name(inside: Inside) -> None:
+    """`stub` was taken for a directory of that name beside `runs`, and what was asked of the run went there."""
+    (inside.root / "stub").mkdir()
+    (inside.root / "runs").mkdir()
+    inside.run.rename(inside.root / "runs" / "stub")
+    inside.run = inside.root / "runs" / "stub"
+    inside.stop = inside.run / "control" / "stop"
+    done = inside.go(WARN + "exit 75", "stub")
+    assert done.returncode == 75 and inside.asked == ["requeue 7"] and inside.stop.exists()
 
 
 def test_the_next_life_keeps_away_from_hosts(inside: Inside) -> None:
