@@ -135,7 +135,8 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
     wait_until(lambda: rundir.read_json(stub.run.attempts()[0].node(0))["returncode"] is not None)
     assert rundir.holder(stub.run) is None
     done = stub.speechctl("status", str(stub.run.root))
-    assert "state   stopped on request, with its work sealed" in done.stdout  # the ranks had the time to seal
+    assert "state   interrupted: the launcher was gone" in done.stdout
+    assert rundir.read_json(stub.run.attempts()[0].exit)["code"] == ExitCode.STOPPED, "they had the time to seal"
 
 
 # Attempt after attempt ------------------------------------------------------------------------------------------------
