@@ -49,7 +49,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from launcher import rundir, sealed
-from launcher.worker import __main__ as worker, models, verbs
+from launcher.worker import __main__ as worker, models, weights
 from launcher.rundir import Run
 
 run, folder = Run(sys.argv[1]), Path(sys.argv[2])
@@ -84,10 +84,10 @@ for when in ("before the weights", "after the weights", "at an fsync", "at the m
         if "rename" in when:
             os.rename = rename
         if when == "while it reads":
-            def restored(*arguments, kept=verbs.restored):
+            def restored(*arguments, kept=weights.restored):
                 os.write(2, b"leased" if not sealed.remove(run, 3) else b"removed")
                 return kept(*arguments)
-            verbs.restored = restored
+            weights.restored = restored
         os._exit(worker.main(["export", str(run.root), "--step", "3", "--target", str(folder / when / "x")]))
     print(when, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), sep="\\t", flush=True)
 """
