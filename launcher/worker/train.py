@@ -286,7 +286,7 @@ class Training:
                 hint="lower optimizer.learning_rate or optimizer.grad_clip; the newest checkpoint is untouched",
             )
         if saved == self.ranks.world_size:
-            self.settle()
+            self.settle(over=True)
         if self.ranks.rank == 0:
             samples = self.data.utterances.lengths["n_samples"][
                 [int(self.data.usable[i]) for b in step if not b.filler for i in b.indices]
@@ -397,11 +397,17 @@ class Training:
         times = {"blocked_s": round(blocked_s, 3), "durable_s": round(durable_s, 3)}
         self.event("sealed", step=outcome.step, bytes=outcome.bytes, **times)
 
-    def settle(self) -> None:
-        """Wait for the save in flight, if there is one. A failure is recorded, and training goes on."""
+    def settle(self, *, over: bool = False) -> None:
+        """Wait for the save in flight, if there is one. A failure is recorded, and training goes on.
+
+        Args:
+            over: it has come to its end on all ranks, so that nobody waits: the deadline of a step goes on, where that
+                of a save would hide a hang for much longer.
+        """
         if self.saving is None:
             return
-        mark("begin", "save", self.saving.step)
+        if not over:
+            mark("begin", "save", self.saving.step)
         outcome, saving = self.checkpoints.settle(), self.saving
         self.saving = None
         if outcome.trouble:
