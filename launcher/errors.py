@@ -1,4 +1,4 @@
-"""Every failure a user can meet, as one type with a message, a hint and an exit code."""
+"""Every failure a user can meet, as one type with a message, a hint and an exit code; how texts and sizes are said."""
 
 from __future__ import annotations
 
@@ -107,3 +107,12 @@ def printable(text: str) -> str:
         else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
+
+
+def in_bytes(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

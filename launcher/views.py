@@ -12,7 +12,7 @@ from launcher import report as reports
 from launcher import ui
 from launcher.cadence import Cadence
 from launcher.checkpoints import Condition, Pruned, Row
-from launcher.errors import ExitCode
+from launcher.errors import ExitCode, in_bytes
 from launcher.plan import Plan
 from launcher.prepare.between_hosts import proposals
 from launcher.prepare.checks import COLUMNS, SEVERITY, Check, cell, several
@@ -41,8 +41,8 @@ def plan(value: Plan, saving: Cadence) -> None:
             ("padding", f"{value.padding:.1%}; straggler factor {value.straggler:.3f}"),
             ("evaluation", f"{value.evaluation_utterances} utterances"),
             ("model", f"{value.parameters:,} parameters, {value.trained_parameters:,} trained"),
-            ("memory", f"{ui.size(value.state_bytes_per_rank)} of model states a rank, activations on top"),
-            ("checkpoint", ui.size(value.checkpoint_bytes)),
+            ("memory", f"{in_bytes(value.state_bytes_per_rank)} of model states a rank, activations on top"),
+            ("checkpoint", in_bytes(value.checkpoint_bytes)),
             *cadence(saving),
             *(("note", note) for note in value.notes),
             *(("file", file) for file in value.files),
@@ -328,7 +328,7 @@ def checkpoints(rows: list[Row]) -> None:
     for row in rows:
         seen, into = row.condition, row.resumes_into
         wer = "-" if row.wer is None else f"{row.wer:.2%}"
-        size = ui.size(seen.bytes) if seen.manifest else "-"
+        size = in_bytes(seen.bytes) if seen.manifest else "-"
         marks = ", ".join(
             w for w, is_so in (("best", row.best), ("pinned", row.pinned), ("in use", row.leased)) if is_so
         )
@@ -349,7 +349,7 @@ def hashed() -> Callable[[int, int, int], None]:
         nonlocal shown
         if time.monotonic() - shown >= ui.Progress.EVERY_S:
             shown = time.monotonic()
-            ui.say(f"step {step}: {ui.size(done)} of {ui.size(total)} hashed")
+            ui.say(f"step {step}: {in_bytes(done)} of {in_bytes(total)} hashed")
 
     return tell
 
@@ -357,7 +357,7 @@ def hashed() -> Callable[[int, int, int], None]:
 def conditions(seen: list[Condition]) -> None:
     """A line for each checkpoint that was verified; the problems are told by the error that follows."""
     for one in seen:
-        what = f"{ui.counted(one.files, 'file')}, {ui.size(one.bytes)}" if one.manifest else ""
+        what = f"{ui.counted(one.files, 'file')}, {in_bytes(one.bytes)}" if one.manifest else ""
         what = "it was removed meanwhile" if one.state == "gone" else what
         ui.answer(f"{one.step:>8}  {one.state:<8}  {what}", style="red" if one.state == "damaged" else "")
     if not seen:
@@ -367,7 +367,7 @@ def conditions(seen: list[Condition]) -> None:
 def pruned(done: Pruned) -> None:
     goes = "would go" if done.dry_run else "removed"
     for step in sorted(done.stays.keys() | done.goes.keys()):
-        what = ("stays", ", ".join(done.stays[step])) if step in done.stays else (goes, ui.size(done.goes[step]))
+        what = ("stays", ", ".join(done.stays[step])) if step in done.stays else (goes, in_bytes(done.goes[step]))
         ui.answer(f"{step:>8}  {what[0]:<8}  {what[1]}")
-    freed = f", {ui.size(sum(done.goes.values()))}" if done.goes else ""
+    freed = f", {in_bytes(sum(done.goes.values()))}" if done.goes else ""
     ui.answer(f"{ui.counted(len(done.goes), 'checkpoint')} {goes}{freed}; {len(done.stays)} kept")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from launcher import report, rundir
-from launcher.errors import NotFoundError
+from launcher.errors import NotFoundError, in_bytes
 from launcher.hosts import Host
 from launcher.rundir import Run, RunLock
-from launcher.ui import counted, purple, size
+from launcher.ui import counted, purple
 from launcher.vitals import Vitals
 from tests.conftest import made_run
 
@@ -85,7 +85,7 @@ def test_the_shade_brightens_from_the_first_wer_to_the_best() -> None:
 
 
 def test_quantities_carry_their_unit() -> None:
-    assert [size(n) for n in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**42)] == [
+    assert [in_bytes(n) for n in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**42)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",

@@ -7,8 +7,8 @@ from statistics import median
 from typing import Any
 
 from launcher import hosts
-from launcher.errors import HostError
-from launcher.prepare.checks import Check, Verdict, gib, odd_ones, several
+from launcher.errors import HostError, in_bytes
+from launcher.prepare.checks import Check, Verdict, odd_ones, several
 from launcher.prepare.findings import Findings
 
 SLOW_LOGIN_S = 2.0
@@ -275,7 +275,7 @@ def _data(found: Findings) -> Iterator[Check]:
             hint = f"copy the backbone to {n} anew"
             yield Check("backbone", n, "fail", _sizes(dict(usual_sizes[n]), dict(usual)), "", hint)
         elif not v["problems"]:
-            yield Check("backbone", n, "ok", f"{v['folder']}: {gib(sum(v['sizes'].values()))}")
+            yield Check("backbone", n, "ok", f"{v['folder']}: {in_bytes(sum(v['sizes'].values()))}")
 
 
 def _sizes(there: dict[str, int], usual: dict[str, int]) -> str:
@@ -297,5 +297,6 @@ def _all_reduce(found: Findings) -> Iterator[Check]:
             yield Check("all-reduce", s.name, "fail", problem, "a sum over all hosts", hint)
         elif not value.problems:
             rate = 2 * (count - 1) / count * value.bytes / value.seconds
-            what = f"{value.backend}: {value.seconds * 1000:.1f} ms for {gib(value.bytes)}, {rate * 8 / 1e9:.1f} Gbit/s"
+            took, speed = f"{value.seconds * 1000:.1f} ms", f"{rate * 8 / 1e9:.1f} Gbit/s"
+            what = f"{value.backend}: {took} for {in_bytes(value.bytes)}, {speed}"
             yield Check("all-reduce", s.name, "ok", f"{what}; met in {value.meeting_s:.1f} s")

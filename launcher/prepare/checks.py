@@ -66,13 +66,5 @@ def several(names: Sequence[str], most: int = 4) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def gib(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def worst(checks: Iterator[Check] | Sequence[Check]) -> Verdict:
     return max((c.verdict for c in checks), key=SEVERITY.index, default="ok")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.prepare.checks import Check, Verdict, gib, several
+from launcher.errors import in_bytes
+from launcher.prepare.checks import Check, Verdict, several
 from launcher.prepare.findings import Findings, Seen
 
 SHARED_MEMORY_PER_RANK = 64 * 2**20
@@ -100,12 +101,12 @@ def _gpu_memory(found: Findings, seen: Seen, rows: list[dict[str, str]], *, nobo
         return
     least = min(free, key=lambda index: free[index])
     needed = found.state_bytes_per_rank
-    what = f"GPU {least}: {gib(free[least] * 2**20)} free"
+    what = f"GPU {least}: {in_bytes(free[least] * 2**20)} free"
     if needed is not None and nobody and free[least] * 2**20 < needed:
         hint = "a higher zero_stage, more GPUs or a smaller backbone; `speechctl plan` shows what a rank needs"
-        yield Check("GPU memory", seen.name, "fail", what, f"{gib(needed)} of model states a rank", hint)
+        yield Check("GPU memory", seen.name, "fail", what, f"{in_bytes(needed)} of model states a rank", hint)
     elif nobody and (lost := [i for i, mib in taken.items() if mib > TAKEN_MIB]):
-        what = several([f"GPU {i} has {gib(taken[i] * 2**20)} taken" for i in lost])
+        what = several([f"GPU {i} has {in_bytes(taken[i] * 2**20)} taken" for i in lost])
         hint = (
             f"somebody in another container, or a process that died badly: see `nvidia-smi` and `fuser` on {seen.name}"
         )
@@ -151,7 +152,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _memory(found: Findings, seen: Seen) -> Iterator[Check]:
     slots = seen.host.slots
     if (value := seen.value("memory")) is not None:
-        has = f"{gib(value['available'])} of {gib(value['total'])} available"
+        has = f"{in_bytes(value['available'])} of {in_bytes(value['total'])} available"
         if found.state_bytes_per_rank is None:
             yield Check("RAM", seen.name, "ok", has)
         else:
@@ -160,18 +161,18 @@ def _memory(found: Findings, seen: Seen) -> Iterator[Check]:
             verdict: Verdict = "fail" if value["available"] < needed else "ok"
             more = ", or ask for more: launch.slurm.options=[--mem=0]" if found.needs.backend == "slurm" else ""
             hint = f"end what else runs on {seen.name}, or give it fewer slots{more}" if verdict == "fail" else ""
-            yield Check("RAM", seen.name, verdict, has, f"{gib(needed)} for {slots} rank(s)", hint)
+            yield Check("RAM", seen.name, verdict, has, f"{in_bytes(needed)} for {slots} rank(s)", hint)
     if (value := seen.value("shared_memory")) is not None:
         needed = SHARED_MEMORY_PER_RANK * slots
-        has = f"{gib(value['free'])} of {gib(value['total'])} free"
+        has = f"{in_bytes(value['free'])} of {in_bytes(value['total'])} free"
         if value["free"] < needed:
             hint = (
                 f"see `ls -l /dev/shm` on {seen.name} and remove what nobody uses (--fix removes what runs left), or"
                 " make it larger: `mount -o remount,size=8G /dev/shm`; in a container --shm-size"
             )
-            yield Check("/dev/shm", seen.name, "fail", has, f"{gib(needed)} for {slots} rank(s)", hint)
+            yield Check("/dev/shm", seen.name, "fail", has, f"{in_bytes(needed)} for {slots} rank(s)", hint)
         else:
-            yield Check("/dev/shm", seen.name, "ok", has, f"{gib(needed)}")
+            yield Check("/dev/shm", seen.name, "ok", has, f"{in_bytes(needed)}")
 
 
 def _limits(seen: Seen) -> Iterator[Check]:
@@ -182,7 +183,7 @@ def _limits(seen: Seen) -> Iterator[Check]:
     expected = ", ".join(f"{n} {v}" for n, v in least.items())
     low = [f"{n}: {soft[n]}" for n, wanted in least.items() if soft[n] is not None and soft[n] < wanted]
     if value["infiniband"] and soft["locked memory"] is not None:
-        low.append(f"locked memory: {gib(soft['locked memory'])}, and InfiniBand needs it unlimited")
+        low.append(f"locked memory: {in_bytes(soft['locked memory'])}, and InfiniBand needs it unlimited")
     found = ", ".join(f"{n} {'unlimited' if v is None else v}" for n, v in soft.items())
     if low:
         hint = f"raise it in /etc/security/limits.conf on {seen.name}, then log in anew; it is the limit of this way in"
@@ -202,13 +203,13 @@ def _disk(found: Findings, seen: Seen) -> Iterator[Check]:
         yield Check("writable", name, "ok", f"{where} ({value['type']})")
     count = needs.keep_checkpoints
     if found.checkpoint_bytes is None:
-        yield Check("space", name, "ok", f"{gib(value['free'])} free; {found.sizes_unknown or 'size unknown'}")
+        yield Check("space", name, "ok", f"{in_bytes(value['free'])} free; {found.sizes_unknown or 'size unknown'}")
     else:
         needed = found.checkpoint_bytes * count
-        expected = f"{gib(needed)} for {count} checkpoints"
+        expected = f"{in_bytes(needed)} for {count} checkpoints"
         enough: Verdict = "fail" if value["free"] < needed else "ok"
         hint = "make room there, keep fewer (checkpoint.keep_last), or --set run_dir=… elsewhere"
-        has = f"{gib(value['free'])} free in {where}"
+        has = f"{in_bytes(value['free'])} free in {where}"
         yield Check("space", name, enough, has, expected, hint if enough == "fail" else "")
     if value["inodes"] is not None:
         ranks = sum(h.slots for h in needs.machines)
@@ -290,7 +291,7 @@ def _leftovers(found: Findings, seen: Seen) -> Iterator[Check]:
     else:
         yield Check("locks", name, "ok", "none" if holder is None else f"held by pid {holder.get('pid')}")
     if segments := value["segments"]:
-        what = f"{len(segments)} segment(s) that nobody has open, {gib(sum(s['bytes'] for s in segments))}"
+        what = f"{len(segments)} segment(s) that nobody has open, {in_bytes(sum(s['bytes'] for s in segments))}"
         what += f": {several([s['name'] for s in segments])}"
         yield Check("stale shared memory", name, "warn", what, "none", "--fix removes them")
     else:
