@@ -317,6 +317,7 @@ def test_the_batch_script(make: Injections, tmp_path: Path, monkeypatch: pytest.
         (root / "control").mkdir(parents=True)
         (root / "slurm").mkdir()
         (root / "slurm" / "exclude").write_bytes(os.fsencode(excluded))
+        (root / "resolved.yaml").touch()  # by which a run is told from a recipe
         (tmp_path / "run").write_bytes(os.fsencode(root) + b"\n")
         recipe = f"{root}.yaml"
         first = recipe if k % 2 else str(root)
