@@ -15,8 +15,9 @@ from typing import Any
 
 from launcher import recipe_file, report, retention, rundir, sealed
 from launcher.errors import DataError, NotFoundError, UsageError
+from launcher.lock import RunLock
 from launcher.retention import Rules
-from launcher.rundir import Run, RunLock
+from launcher.rundir import Run
 
 THREADS = 8
 """Files that are hashed at once; enough for a shared file system, where one reader alone gets little of it."""

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from launcher import jobs, logs, report, rundir, ui, views
+from launcher import jobs, lock, logs, report, rundir, ui, views
 from launcher.errors import ExitCode, InfrastructureError, UsageError
 from launcher.events import Follower
 from launcher.rundir import Run
@@ -30,7 +30,7 @@ LEFT = 130
 def print_logs(run: Run, selection: logs.Selection, view: logs.View, *, follow: bool, as_json: bool) -> None:
     """Not through rich, which takes a hundred times as long for a line."""
     report.read(run)  # refuses what is no run
-    follow = follow and rundir.holder(run) is not None
+    follow = follow and lock.holder(run) is not None
     lines = logs.follow(run, selection, view) if follow else logs.show(run, selection, view, ui.say)
     try:
         for line in lines:
@@ -53,7 +53,7 @@ def attach(run: Run) -> int:
     """
     value = report.read(run)
     try:
-        held, last = rundir.holder(run) is not None, 0
+        held, last = lock.holder(run) is not None, 0
         while held or wait_for_job(run):
             last, held = follow_attempts(run, ui.Progress(value.max_steps), last), False
     except KeyboardInterrupt:
@@ -66,7 +66,7 @@ def attach(run: Run) -> int:
 def wait_for_job(run: Run) -> bool:
     """Until a launcher has the run again; False: none will, as far as SLURM knows."""
     told = ""
-    while rundir.holder(run) is None:
+    while lock.holder(run) is None:
         value = report.read(run)
         comes_again = value.exit_code in (None, ExitCode.STOPPED, ExitCode.INFRASTRUCTURE)
         job = jobs.current(run) if comes_again else None
@@ -81,7 +81,7 @@ def wait_for_job(run: Run) -> bool:
             ui.say(f"waiting for job {job}; Ctrl-C leaves it alone")
         told = job.state
         until = time.monotonic() + (1 if quiet else ASK_S)
-        while time.monotonic() < until and rundir.holder(run) is None:
+        while time.monotonic() < until and lock.holder(run) is None:
             time.sleep(POLL_S)
     return True
 
@@ -97,7 +97,7 @@ def follow_attempts(run: Run, progress: ui.Progress, number: int = 0) -> int:
     """
     follower: Follower | None = None
     while True:
-        held = rundir.holder(run) is not None  # asked first: what was written before the end is read after it
+        held = lock.holder(run) is not None  # asked first: what was written before the end is read after it
         attempts = run.attempts()
         for attempt in attempts if follower is not None else attempts[-1:]:
             if attempt.number <= number:
@@ -170,7 +170,7 @@ def detach(run: Run, *options: str) -> tuple[subprocess.Popen[bytes], str]:
         before = os.fstat(log).st_size
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
-            while child.poll() is None and (rundir.holder(run) or {}).get("pid") != child.pid:
+            while child.poll() is None and (lock.holder(run) or {}).get("pid") != child.pid:
                 time.sleep(POLL_S / 4)
         except KeyboardInterrupt:
             child.terminate()

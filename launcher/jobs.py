@@ -16,16 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher import environment, report, rundir, secret
+from launcher import environment, lock, report, rundir, secret
 from launcher.backends import slurm
 from launcher.errors import HostError, InfrastructureError, SpeechctlError, UsageError
 from launcher.hosts import Host
+from launcher.lock import RunLock
 from launcher.nodelist import expand_nodelist
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.recipe_launch import Launch
 from launcher.report import Report
-from launcher.rundir import Run, RunLock
+from launcher.rundir import Run
 
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -285,11 +286,11 @@ class LockInJob(RunLock):
     def __enter__(self) -> RunLock:
         job = os.environ.get("SLURM_JOB_ID", "")
         try:
-            lock = super().__enter__()
+            super().__enter__()
         except UsageError as error:
             if not job:
                 raise
-            other = (rundir.holder(self.run) or {}).get("job")
+            other = (lock.holder(self.run) or {}).get("job")
             record = record_here(self.run)
             record["came"] = record.get("came", 0) + 1
             rundir.write_json(_record(self.run, job), record)
@@ -301,7 +302,7 @@ class LockInJob(RunLock):
         record = rundir.read_json(_record(self.run, job)) or {}
         if record.pop("came", 0):
             rundir.write_json(_record(self.run, job), record)
-        return lock
+        return self
 
 
 def is_inside(run: Run) -> bool:

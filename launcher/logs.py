@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher import report, rundir
+from launcher import lock, report, rundir
 from launcher.errors import NotFoundError, UsageError, printable
 from launcher.report import Node
 from launcher.rundir import Attempt, Run
@@ -352,7 +352,7 @@ def follow(run: Run, selection: Selection, view: View) -> Iterator[Line]:
     numbered = selection.attempts not in (None, "all", "last")
     first = 0  # of the attempts to show; 0 until there is one
     while True:
-        held = rundir.holder(run) is not None  # asked first: what was written before the end is read after it
+        held = lock.holder(run) is not None  # asked first: what was written before the end is read after it
         attempts = run.attempts()
         picked = [a.number for a in selection.pick_attempts(run)] if numbered or not first else []
         if numbered:

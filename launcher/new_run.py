@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher import ownership, redact, rundir
+from launcher import lock, ownership, redact, rundir
 from launcher.errors import UsageError
 from launcher.plan import Plan
 from launcher.rundir import Run
@@ -59,8 +59,8 @@ def is_of(run: Run, resolved: Path) -> bool:
 
 def in_the_way(run: Run) -> UsageError:
     """Why no new run can be made here."""
-    if rundir.holder(run) is not None:
-        return rundir.in_use(run)
+    if lock.holder(run) is not None:
+        return lock.in_use(run)
     if run.exists():
         hint = f"go on with `speechctl resume {run.root}`, or start another run with --set name=… or --set run_dir=…"
     else:

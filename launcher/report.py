@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher import rundir
+from launcher import lock, rundir
 from launcher.errors import DataError, ExitCode, NotFoundError
 from launcher.rundir import Attempt, Run
 
@@ -139,7 +139,7 @@ def _read(run: Run) -> Report:
         if started:
             reached[attempt.number] = (started[0]["step"], max(own, default=started[0]["step"]))
     sealed, best = run.sealed_steps(), rundir.read_json(run.best)
-    holder = rundir.holder(run)
+    holder = lock.holder(run)
     if holder is not None and (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
         holder = None  # the launcher itself, telling how its own run ended
     history = [start_of(a, reached.get(a.number), holder is not None and a is attempts[-1]) for a in attempts]

@@ -16,6 +16,7 @@ from launcher import (
     facts,
     follow,
     jobs,
+    lock,
     measured,
     new_run,
     ownership,
@@ -34,10 +35,11 @@ from launcher import plan as plans
 from launcher.errors import ExitCode, HostError, UsageError
 from launcher.hosts import Host
 from launcher.jobs import Job
+from launcher.lock import RunLock
 from launcher.plan import Plan
 from launcher.prepare import run as preflight
 from launcher.recipe import Recipe
-from launcher.rundir import Run, RunLock
+from launcher.rundir import Run
 
 NOT_OF: dict[str, tuple[str, ...]] = {
     "local": ("nodes=auto", "hostfile=null", "include=[]", "exclude=[]"),
@@ -188,7 +190,7 @@ def stop(run: Run, *, wait: bool) -> None:
         ui.answer(f"{run.root}: job {job.id} is cancelled")
         return
     supervise.request_stop(run, "speechctl stop")
-    while wait and rundir.holder(run) is not None:
+    while wait and lock.holder(run) is not None:
         time.sleep(0.2)
     ui.answer(f"{run.root}: {report.read(run).state if wait else 'asked to stop'}")
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import report, rundir
+from launcher import lock, report, rundir
 from launcher.errors import ExitCode, NotFoundError
 from launcher.logs import Reader
 from launcher.report import Report, Start
@@ -139,7 +139,7 @@ def said_by_job(value: Report) -> list[Excerpt]:
 def _interrupted(attempt: Attempt, value: Report, start: Start) -> dict[str, Any]:
     """What can be known of an attempt whose launcher was gone before it could say anything."""
     newest = start.number == value.history[-1].number
-    last = rundir.last_holder(attempt.run) if newest else None
+    last = lock.last_holder(attempt.run) if newest else None
     who = f" (pid {last['pid']} on {last['host']})" if last else ""
     files = [p for p in (attempt.events, attempt.metrics, attempt.lease, *attempt.logs.glob("*")) if p.exists()]
     heard = max((p.stat().st_mtime for p in files), default=None)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launcher import rundir, sealed
+from launcher import lock, rundir, sealed
 from launcher.committer import Committer, File, Outcome, Sink
 from launcher.errors import DataError, SpeechctlError
 from launcher.retention import Rules
@@ -197,7 +197,7 @@ def work(job: Job) -> None:
     ended = ""
     try:
         if job.lock:
-            with rundir.RunLock(run, f"saver {os.getpid()}"):
+            with lock.RunLock(run, f"saver {os.getpid()}"):
                 _save(job, run.new_attempt(), peers, say)
         else:
             _save(job, Attempt(run.attempts_dir / f"{job.attempt:04d}"), peers, say)

@@ -20,8 +20,9 @@ import pytest
 from launcher import checkpoints, rundir, sealed, why
 from launcher.committer import Committer
 from launcher.errors import DataError, NotFoundError, UsageError
+from launcher.lock import RunLock
 from launcher.retention import Rules
-from launcher.rundir import Run, RunLock
+from launcher.rundir import Run
 from tests.conftest import Golden, made_run
 from tests.saving import Alone, files
 from tests.test_cli import Transcript, compare, speechctl, transcript

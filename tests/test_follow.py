@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import rundir
+from launcher import lock, rundir
 from launcher.errors import ExitCode
 from tests.conftest import Golden, Stub, gone, made_run, wait_until
 from tests.test_cli import Transcript, compare, speechctl
@@ -27,14 +27,14 @@ __all__ = ["speechctl"]  # a fixture
 def detached(stub: Stub) -> Iterator[Stub]:
     """A stub whose launcher is ended with the test, by its own record in the lock."""
     yield stub
-    for pid in [(rundir.holder(stub.run) or {}).get("pid"), *stub.pids()]:
+    for pid in [(lock.holder(stub.run) or {}).get("pid"), *stub.pids()]:
         if pid is not None and psutil.pid_exists(pid):
             os.kill(pid, signal.SIGKILL)
 
 
 def launcher_of(stub: Stub) -> int:
-    wait_until(lambda: (rundir.holder(stub.run) or {}).get("pid"))
-    return int((rundir.holder(stub.run) or {})["pid"])
+    wait_until(lambda: (lock.holder(stub.run) or {}).get("pid"))
+    return int((lock.holder(stub.run) or {})["pid"])
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def test_what_to_type_after_detaching(detached: Stub, golden: Golden) -> None:
     made_run(detached.run.root, "stopped")
     done = detached.speechctl("launch", "stub.yaml", "--detach", "--set", "name=other")
     run = rundir.Run(detached.root / "runs" / "other")
-    launcher = (rundir.holder(run) or {})["pid"]
+    launcher = (lock.holder(run) or {})["pid"]
     told = done.stdout.replace(f"pid {launcher} on {os.uname().nodename}", "pid PID on HOST")
     text = f"[exit {done.returncode}]\n--- stdout\n{told}--- stderr\n{done.stderr}"
     golden("cli/launch-detached.txt", text.replace(str(detached.root), "TMP"))

@@ -12,7 +12,8 @@ import pytest
 from launcher import report, rundir
 from launcher.errors import NotFoundError, in_bytes
 from launcher.hosts import Host
-from launcher.rundir import Run, RunLock
+from launcher.lock import RunLock
+from launcher.rundir import Run
 from launcher.ui import counted, purple
 from launcher.vitals import Vitals
 from tests.conftest import made_run

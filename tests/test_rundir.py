@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from launcher import cause, report, rundir
+from launcher import cause, lock, report, rundir
 from launcher.errors import DataError, ExitCode, SpeechctlError, StorageError, UsageError
+from launcher.lock import RunLock
 from launcher.node import Files
-from launcher.rundir import MANIFEST, Run, RunLock
+from launcher.rundir import MANIFEST, Run
 
 # Files that are read whole --------------------------------------------------------------------------------------------
 
@@ -336,7 +337,8 @@ def test_only_what_has_a_manifest_is_sealed(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from launcher.rundir import Run, RunLock
+from launcher.lock import RunLock
+from launcher.rundir import Run
 with RunLock(Run(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     time.sleep(60)
@@ -357,7 +359,7 @@ def held(run: Run, command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    assert rundir.holder(run) is None
+    assert lock.holder(run) is None
     long = "speechctl launch recipes/x.yaml " + "--set a=b " * 1000
     with held(run, long) as process:
         with pytest.raises(UsageError) as caught, RunLock(run, "second"):
@@ -367,11 +369,11 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
         assert f"speechctl stop {run.root}" in caught.value.hint
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert rundir.holder(run) is None
+        assert lock.holder(run) is None
         with RunLock(run, "third"):
-            who = rundir.holder(run)
+            who = lock.holder(run)
             assert who is not None and (who["pid"], who["command"]) == (os.getpid(), "third")
-    assert rundir.holder(run) is None
+    assert lock.holder(run) is None
 
 
 def test_looking_for_the_holder_keeps_nobody_out(tmp_path: Path) -> None:
@@ -399,7 +401,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         pass
     assert "-o flock" in caught.value.hint
     with pytest.raises(StorageError, match=r"cannot lock .*/lock: "):
-        rundir.holder(run)
+        lock.holder(run)
     assert os.listdir("/proc/self/fd") == descriptors
 
 
@@ -418,10 +420,10 @@ def test_a_lock_on_a_full_disk(small_disk: Path) -> None:
         while True:
             file.write(bytes(4096))
     with RunLock(run, "resume"):
-        assert rundir.last_holder(run)["command"] == "resume"
+        assert lock.last_holder(run)["command"] == "resume"
     with pytest.raises(StorageError, match="No space left"), RunLock(other, "launch"):
         pass
-    assert rundir.holder(other) is None
+    assert lock.holder(other) is None
 
 
 def test_a_request_to_the_holder_before_is_not_for_this_one(tmp_path: Path) -> None:

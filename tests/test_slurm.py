@@ -18,8 +18,9 @@ import pytest
 from launcher import cause, environment, jobs, rundir
 from launcher.backends import slurm
 from launcher.errors import ExitCode, HostError, InfrastructureError, PreflightError, UsageError
+from launcher.lock import RunLock
 from launcher.recipe_file import RecipeError, load
-from launcher.rundir import Run, RunLock
+from launcher.rundir import Run
 from tests.conftest import RECIPE, Golden, Stub
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launcher import environment, recipe_file, recovery, rundir, supervise
+from launcher import environment, lock, recipe_file, recovery, rundir, supervise
 from launcher.backends import BACKENDS
 from launcher.errors import ExitCode
 from launcher.events import Follower
@@ -133,7 +133,7 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
         process.wait()
         assert gone(pids, within_s=10)
     wait_until(lambda: rundir.read_json(stub.run.attempts()[0].node(0))["returncode"] is not None)
-    assert rundir.holder(stub.run) is None
+    assert lock.holder(stub.run) is None
     done = stub.speechctl("status", str(stub.run.root))
     assert "state   interrupted: the launcher was gone" in done.stdout
     assert rundir.read_json(stub.run.attempts()[0].exit)["code"] == ExitCode.STOPPED, "they had the time to seal"

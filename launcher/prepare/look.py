@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from launcher import environment, jobs, rundir
+from launcher import environment, jobs, lock
 from launcher.backends import slurm, ssh
 from launcher.hosts import Host
 from launcher.node import WORKER
@@ -57,7 +57,7 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
         device=recipe.launch.device,
         keep_checkpoints=kept.keep_last + kept.keep_best + for_good + 1,  # and the one that is being written
         token=f".speechctl-{secrets.token_hex(8)}",
-        holder=rundir.holder(run),
+        holder=lock.holder(run),
         interface_names=tuple((name, value) for name, value in interfaces if value),
         variables=environment.rank_variables(recipe.launch.backend, 1, recipe.launch.device, hidden),
         secrets=hidden,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher import rundir, secret, verbs
+from launcher import lock, secret, verbs
 from launcher.prepare.checks import Check, several
 from launcher.prepare.findings import Needs
 from launcher.prepare.look import Crew
@@ -50,7 +50,7 @@ def mend(crew: Crew, checks: list[Check]) -> list[str]:
 
 def end(session: Session, needs: Needs, processes: list[dict[str, Any]]) -> str:
     """End what a run has left, unless somebody has started it meanwhile: those may be its ranks now."""
-    if rundir.holder(Run(needs.run)) is not None:
+    if lock.holder(Run(needs.run)) is not None:
         return "ended nothing: the run is under way by now"
     grace_s = needs.stop_grace_s
     until = time.monotonic() + grace_s + 15

@@ -1,0 +1,5 @@
+"""`python -m launcher.cli`."""
+
+from launcher.cli import main
+
+main()

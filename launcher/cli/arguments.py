@@ -1,0 +1,53 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
+
+
+def _run_named(path: Path) -> Path:
+    """A run under `runs` may be called by its name alone."""
+    named = "runs" / path
+    is_run, is_named = ((p / "resolved.yaml").is_file() for p in (path, named))
+    return named if is_named and not is_run and len(path.parts) == 1 else path
+
+
+RunPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's directory, such as runs/NAME, or its NAME there.",
+        show_default=False,
+        callback=_run_named,
+    ),
+]
+Detach = Annotated[
+    bool,
+    typer.Option("--detach", "-d", help="Go on without this terminal; `attach` follows. A SLURM job needs none."),
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one value: --set batch.step_seconds=100s.")
+]
+Subsets = Annotated[
+    list[str], typer.Option("--subset", metavar="SUBSET", help="A packed subset, in place of the recipe's; repeatable.")
+]
+Backend = Literal["local", "ssh", "slurm"]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+Step = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step.")]
+
+
+def length_of_time(option: str, text: str) -> float:
+    from pydantic import TypeAdapter, ValidationError
+
+    from launcher.errors import UsageError
+    from launcher.recipe_values import Seconds
+
+    try:
+        return TypeAdapter(Seconds).validate_python(text)
+    except ValidationError as error:
+        raise UsageError(f"{option} {text!r} is no length of time", hint="such as 90s, 10m, 2h or 01:30:00") from error

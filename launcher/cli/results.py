@@ -1,0 +1,87 @@
+"""Commands on what a run came to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli.arguments import AsJson, RunPath, Step, Subsets
+
+
+def evaluate(
+    run: RunPath,
+    checkpoint: Step = "best",
+    subset: Subsets = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Compute the WER of a sealed checkpoint, in one process and in fp32."""
+    import re
+
+    from launcher import report, ui, verbs
+    from launcher.errors import UsageError
+    from launcher.ownership import refuse_foreign
+    from launcher.recipe_values import NAME
+    from launcher.rundir import Run
+
+    where = Run(run)
+    step = report.sealed_step(where, checkpoint)
+    refuse_foreign(where)
+    subset = list(dict.fromkeys(subset))
+    for name in subset:
+        if not re.fullmatch(NAME, name):
+            raise UsageError(f"--subset {name!r} is no subset's name", hint="such as --subset dev-clean")
+    name = "-".join([f"step-{step:08d}.evaluate", *subset])
+    options = [x for s in subset for x in ("--subset", s)]
+    target = where.evaluations / f"{name}.json"
+    answer = verbs.answer_of("evaluate", str(where.root), "--step", str(step), "--target", str(target), *options)
+    if as_json:
+        ui.answer(json.dumps(answer, indent=1))
+        return
+    for title, row in [*answer["subsets"].items(), ("all", answer)]:
+        ui.answer(
+            f"{title}: WER {row['wer']:.2%} ({row['substitutions']} sub, {row['insertions']} ins,"
+            f" {row['deletions']} del of {row['words']} words in {row['utterances']} utterances)"
+        )
+
+
+def export(
+    run: RunPath,
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="TARGET", help="A directory to make. Default: RUN/exports/step-….", show_default=False),
+    ] = None,
+    checkpoint: Step = "best",
+) -> None:
+    """Write a checkpoint's model as a directory that other programs load."""
+    from launcher import report, ui, verbs
+    from launcher.errors import UsageError
+    from launcher.ownership import refuse_foreign
+    from launcher.rundir import Run
+
+    where = Run(run)
+    step = report.sealed_step(where, checkpoint)
+    refuse_foreign(where)
+    folder = (target or where.exports / f"step-{step:08d}").absolute()
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
+    verbs.said_by("export", str(where.root), "--step", str(step), "--target", str(folder))
+    ui.answer(str(folder))
+
+
+def transcribe(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory made by `export`.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Sound files.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a model hears in sound files."""
+    from launcher import verbs
+    from launcher.errors import printable
+
+    said = verbs.said_by("transcribe", "--", str(model), *map(str, files)).splitlines()
+    for line in (text for text in said if text.startswith("{")):  # libraries may say something too
+        row = json.loads(line)
+        # Not through rich, which makes blanks of a tab: this is for `cut -f2`.
+        print(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
