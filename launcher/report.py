@@ -41,6 +41,8 @@ class Start:
     code: int | None
     """The exit code that it ended with; None where nobody was there to say."""
     failure: dict[str, Any] | None
+    asked: str | None
+    """Who or what asked it to stop, where it stopped for that."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
         held: whether a launcher has the run, and this is its newest attempt.
     """
     ended, failure = (rundir.read_json(p) if rundir.there(p) else None for p in (attempt.exit, attempt.failure))
-    times = (row["time"] for p in (attempt.supervisor, attempt.events) for row in rundir.read_lines(p)[:1])
+    noted = rundir.read_lines(attempt.supervisor)
+    times = (row["time"] for rows in (noted, rundir.read_lines(attempt.events)) for row in rows[:1])
     if failure is not None:
         state, code = "failed", failure["code"]
     elif ended is not None and not held and left_alone(attempt, ended):
@@ -189,6 +192,9 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
         state=state,
         code=code,
         failure=failure,
+        asked=next((r.get("asked") for r in reversed(noted) if r["event"] == "ended"), None)
+        if code == ExitCode.STOPPED
+        else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import math
 import os
 import signal
@@ -62,7 +63,7 @@ def to_the_end(
             # What was put aside once is not to be put aside again, and what was not still is.
             fresh = fresh and not any(e["event"] == "started" for e in rundir.read_lines(attempt.events))
             after = before if fresh else recovery.sealed(run)
-            note(attempt, "ended", code=int(code), sealed=after)
+            note(attempt, "ended", code=int(code), sealed=after, asked=asked_to_stop(run))
             if failed is None:
                 return code
             if plan.backend != "local":
@@ -312,7 +313,7 @@ def watch(
             if acted_on == 1:
                 tell({"event": "stopping"})
                 if not attempt.run.stop_request.exists():  # or its reason would be lost
-                    request_stop(attempt.run, f"signal {received[0]} to the launcher")
+                    request_stop(attempt.run, f"{signal.Signals(received[0]).name} to the launcher")
             else:
                 tell({"event": "killing"})
                 seen = seen or by_force(attempt)
@@ -409,3 +410,13 @@ def interrupts() -> Iterator[list[int]]:
 def request_stop(run: Run, why: str) -> None:
     run.stop_request.parent.mkdir(exist_ok=True)
     rundir.write_json(run.stop_request, {"why": why, "time": time.time()})
+
+
+def asked_to_stop(run: Run) -> str | None:
+    """Who or what asks the run to stop; None where nobody does."""
+    try:
+        return str(json.loads(run.stop_request.read_bytes())["why"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):  # a file that was only touched asks as well
+        return str(run.stop_request)

@@ -210,8 +210,13 @@ def state(value: Report) -> str:
     return {
         "created": "created, not started yet",
         "interrupted": "interrupted: the launcher was gone before it could say how the ranks ended",
-        "stopped": "stopped on request, with its work sealed",
+        "stopped": f"stopped on request{asked(value.history[-1:])}, with its work sealed",
     }.get(value.state, value.state)
+
+
+def asked(starts: list[Start]) -> str:
+    """By whom, where the last one stopped for that."""
+    return "".join(f" ({start.asked})" for start in starts if start.asked)
 
 
 def clock(time_s: float) -> str:
@@ -240,7 +245,7 @@ def attempts(starts: list[Start]) -> None:
 def how(start: Start) -> str:
     """How an attempt ended, short enough for a table."""
     if start.failure is None:
-        return start.state
+        return f"{start.state}{asked([start])}"
     message = start.failure["message"].partition("\n")[0]
     return f"failed: {message if len(message) <= 100 else message[:99] + '…'}"
 

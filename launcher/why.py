@@ -107,7 +107,9 @@ def diagnose(run: Run, number: int | None) -> Diagnosis:
 def _healthy(run: Run, value: Report, start: Start | None) -> Diagnosis:
     """There is nothing to explain."""
     root = shlex.quote(str(run.root))
-    what = f"{start.number} did not fail: {start.state}" if start is not None else "no attempt has failed"
+    last = value.history[-1] if value.history else None
+    by = f"; the last one was stopped: {last.asked}" if last is not None and last.asked else ""
+    what = f"{start.number} did not fail: {start.state}" if start is not None else f"no attempt has failed{by}"
     if value.state == "created":
         jobs = ", ".join(str(job["id"]) for job in value.jobs[-1:])
         what = f"not started yet{f'; submitted to SLURM as job {jobs}' if jobs else ''}"

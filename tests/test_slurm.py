@@ -474,7 +474,7 @@ def test_a_save_that_outlasts_the_grace_ends_for_what_slurm_wanted(
 ) -> None:
     """The script did not say what it asked for, and the end was laid to a person while the job was queued again."""
     (inside.root / "state").write_text(f"   PreemptEligibleTime=2026-11-21T09:00:00 {state}\n")
-    said = """echo '{"why": "signal 15 to the launcher"}' >control/stop; """ * (does == END)
+    said = """echo '{"why": "SIGTERM to the launcher"}' >control/stop; """ * (does == END)
     wait = "until grep -q kind control/stop; do read -rt 0.01 <> <(:); done 2>/dev/null; "
     inside.go("trap '' TERM; " + said + does + wait + "exit 76")
     attempt = Run(inside.run).new_attempt()

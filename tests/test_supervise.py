@@ -72,9 +72,12 @@ def test_ctrl_c_asks_the_ranks_to_seal(stub: Stub) -> None:
         interrupt(process)
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == ExitCode.STOPPED
-    assert rundir.read_json(stub.run.stop_request)["why"] == "signal 2 to the launcher"
+    assert rundir.read_json(stub.run.stop_request)["why"] == "SIGINT to the launcher"
     assert "stopping: the ranks finish their step and seal it" in stderr
     assert gone(stub.pids(), within_s=0)
+    # Who came back to a closed terminal could not learn whether that, scancel or a colleague had stopped the run.
+    assert "stopped on request (SIGINT to the launcher), with" in stub.speechctl("status", str(stub.run.root)).stdout
+    assert "the last one was stopped: SIGINT to the launcher" in stub.speechctl("why", str(stub.run.root)).stdout
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_wish(stub: Stub) -> None:
