@@ -24,6 +24,8 @@ class Node:
     ranks: list[int]
     doing: dict[str, dict[str, Any]]
     """By rank: phase, step, `unchanged_s`; as far as the node said so."""
+    heard: float | None = None
+    """When it last said so, by the clock of the file system that the run is on. It does about once a second."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,9 @@ def layout(attempt: Attempt) -> list[Node]:
 def doing(attempt: Attempt, node: Node) -> Node:
     """With what its ranks do, as far as it said so. It rewrites that in place, so that it may be read half."""
     try:
-        said = rundir.read_json(attempt.root / "progress" / f"node-{node.number:03d}.json") or {}
-        return replace(node, doing={str(row["rank"]): row for row in said["ranks"]})
+        path = attempt.progress(node.number)
+        said = rundir.read_json(path) or {}
+        return replace(node, doing={str(row["rank"]): row for row in said["ranks"]}, heard=path.stat().st_mtime)
     except (OSError, DataError, KeyError, TypeError, ValueError):
         return node
 

@@ -254,6 +254,10 @@ def some(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
+SILENT_S = 15
+"""A node says something about once a second; clocks of hosts differ, and file servers cache, by less than this."""
+
+
 def at_work(node: Node) -> tuple[str, str]:
     """What the ranks of a node do, as far as it says so, and those that do something else."""
     who = f"{node.number}  {node.host}  ranks {span(node.ranks)}  "
@@ -266,7 +270,9 @@ def at_work(node: Node) -> tuple[str, str]:
         for rank, task in tasks.items()
         if task != most
     ]
-    return f"{who}{most}", "".join(odd[:4]) + (f"; and {len(odd) - 4} more" if len(odd) > 4 else "")
+    age_s = time.time() - node.heard if node.heard is not None else 0.0
+    silent = f"; silent for {age_s:.0f} s" if age_s > SILENT_S else ""
+    return f"{who}{most}", silent + "".join(odd[:4]) + (f"; and {len(odd) - 4} more" if len(odd) > 4 else "")
 
 
 def why(value: Diagnosis) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,20 @@ def test_status_across_nodes(speechctl: Transcript, tmp_path: Path, golden: Gold
         (2, "failed", 1),
         (3, "running", None),
     ]
+
+
+def test_status_says_how_old_its_word_of_a_node_is(speechctl: Transcript, tmp_path: Path) -> None:
+    """A host that was cut off looked like one at work until its launcher gave it up."""
+    run = lab_run(tmp_path / "runs" / "stub")
+    at_work(run)
+    said = run.attempts()[-1].progress(0)
+    long_ago = time.time() - 1000
+    os.utime(said, (long_ago, long_ago))
+    with held(run, "speechctl launch stub.yaml"):
+        lines = speechctl("status", "stub").stdout.splitlines()
+    (first,), (second,) = ([x for x in lines if f"ranks {ranks}" in x] for ranks in ("0-1", "2-3"))
+    assert re.search(r"step 5 \(step\); silent for 100\d s", first)
+    assert "silent" not in second
 
 
 def test_of_very_many_attempts_the_oldest_are_counted(speechctl: Transcript, tmp_path: Path) -> None:
