@@ -49,8 +49,10 @@ NOT_OF: dict[str, tuple[str, ...]] = {
 """What a recipe may say for another backend, and what undoes it."""
 
 
-def for_backend(backend: str) -> list[str]:
-    """The overrides that have a recipe run with this backend, whatever it was written for."""
+def for_backend(backend: str | None) -> list[str]:
+    """The overrides that have a recipe run with this backend, whatever it was written for; None: as it says."""
+    if backend is None:
+        return []
     return [f"launch.backend={backend}", *(f"launch.{word}" for word in NOT_OF[backend])]
 
 

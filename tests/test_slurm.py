@@ -325,6 +325,18 @@ def test_64_nodes_are_not_this_machine(stub: Stub) -> None:
     assert "\n\nhint: " in done.stderr
 
 
+def test_a_plan_for_another_backend_than_the_recipe_says(stub: Stub) -> None:
+    """`launch` took --backend and `plan` and `prepare` did not, so that nobody could look before they leapt."""
+    write(stub, "{processes: 2}")
+    (stub.root / "hosts").write_text("gpu-01 slots=4\ngpu-02 slots=4\n")
+    options = ("--backend", "ssh", "--set", "launch.hostfile=hosts", "--json")
+    hosts = json.loads(stub.speechctl("plan", "stub.yaml", *options).stdout)["hosts"]
+    assert [(h["name"], h["slots"]) for h in hosts] == [("gpu-01", 4), ("gpu-02", 4)]
+    done = stub.speechctl("prepare", "stub.yaml", "--backend", "ssh")
+    assert done.returncode == ExitCode.USAGE
+    assert "backend ssh needs launch.hostfile" in done.stderr
+
+
 def test_the_abbreviated_commands_are_the_real_ones(stub: Stub) -> None:
     write(stub, SIXTY_FOUR["slurm"])
     stub.recipe.write_text(stub.recipe.read_text() + "run_dir: /shared/runs/big\n")

@@ -36,7 +36,10 @@ Overrides = Annotated[
 Subsets = Annotated[
     list[str], typer.Option("--subset", metavar="SUBSET", help="A packed subset, in place of the recipe's; repeatable.")
 ]
-Backend = Literal["local", "ssh", "slurm"]
+Backend = Annotated[
+    Literal["local", "ssh", "slurm"] | None,
+    typer.Option("--backend", help="Reach the nodes in this way, whatever the recipe says."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Step = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step.")]
 

@@ -10,6 +10,7 @@ import typer
 
 from launcher.cli.arguments import (
     AsJson,
+    Backend,
     Overrides,
     RecipePath,
     length_of_time,
@@ -28,6 +29,7 @@ def prepare(
     hosts: Annotated[
         list[str], typer.Argument(metavar="[HOST]...", help="For --write-hostfile: lines of it.", show_default=False)
     ] = [],  # noqa: B006
+    backend: Backend = None,
     overrides: Overrides = [],  # noqa: B006
     fix: Annotated[bool, typer.Option("--fix", help="Mend what is safe to mend, and look again.")] = False,
     write_hostfile: Annotated[
@@ -46,11 +48,11 @@ def prepare(
 
     Exit codes: 0 ready (perhaps with warnings), 3 a host cannot be reached, 4 something is red.
     """
-    from launcher import recipe_file, ui, views
+    from launcher import recipe_file, start, ui, views
     from launcher.errors import UsageError
     from launcher.prepare import new_hostfile, run
 
-    with recipe_file.resolved(recipe, overrides) as (value, path):
+    with recipe_file.resolved(recipe, [*start.for_backend(backend), *overrides]) as (value, path):
         if write_hostfile is None and (hosts or from_slurm):
             raise UsageError("HOSTs and --from-slurm say what to write", hint="add --write-hostfile FILE")
         if write_hostfile is not None:
@@ -91,6 +93,7 @@ def pack(
 
 def plan(
     recipe: RecipePath,
+    backend: Backend = None,
     overrides: Overrides = [],  # noqa: B006
     mtbf: Annotated[
         str | None,
@@ -106,7 +109,7 @@ def plan(
     from launcher import measured, recipe_file, start, ui, views
 
     mtbf_s = None if mtbf is None else length_of_time("--mtbf", mtbf)
-    with recipe_file.resolved(recipe, overrides) as (value, path):
+    with recipe_file.resolved(recipe, [*start.for_backend(backend), *overrides]) as (value, path):
         made, _ = start.planned(value, path)
         saving = measured.planned(value, made, mtbf_s)
     if as_json:

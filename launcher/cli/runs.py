@@ -22,9 +22,7 @@ def launch(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    backend: Annotated[
-        Backend | None, typer.Option("--backend", help="Reach the nodes in this way, whatever the recipe says.")
-    ] = None,
+    backend: Backend = None,
     hold: Annotated[
         bool, typer.Option("--hold", help="Make the run, print its directory, and start nothing; made before is fine.")
     ] = False,
@@ -53,8 +51,7 @@ def launch(
     from launcher import start
 
     _refuse_both(debug, detach)
-    if backend is not None:
-        overrides = [*start.for_backend(backend), *overrides]
+    overrides = [*start.for_backend(backend), *overrides]
     if debug:
         overrides = [*overrides, *start.DEBUG]
     raise typer.Exit(start.launch(recipe, overrides, dry_run=dry_run, hold=hold, debug=debug, detach=detach))
