@@ -49,10 +49,8 @@ class Engine(ABC):
 
     @abstractmethod
     def snapshot(self, memory: HostMemory) -> list[File]:
-        """This rank's share of model and optimizer as of now, as files to be written later.
-
-        Must not raise between the barriers of other ranks; an error surfaces only after all have left them.
-        """
+        """This rank's share of model and optimizer as of now, as files to be written later. Waits for no other rank:
+        where one fails, the others hear of it by the committer's vote."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:

@@ -19,13 +19,14 @@ WEIGHTS = {"model.safetensors", "model.safetensors.index.json"}
 
 
 def build(backbone: schema.Backbone, *, seed: int) -> SpeechModel:
-    """The model with its weights, fp32, on the CPU; the same on every rank.
+    """The model with its weights, fp32, on the CPU, to be trained; the same on every rank.
 
     Raises:
         DataError: the directory of the backbone is missing or holds no weights, or the hub could not be reached.
     """
     torch.manual_seed(seed)
-    return _make(backbone, weights=True)
+    # Transformers hands over what was pretrained in the mode for use, and DeepSpeed leaves it so.
+    return _make(backbone, weights=True).train()
 
 
 def skeleton(backbone: schema.Backbone) -> SpeechModel:

@@ -48,7 +48,7 @@ def backbone(sources: dict[str, Path], kind: str) -> schema.Backbone:
 
 
 def made(value: schema.Backbone, seed: int = 1) -> Any:
-    return build(value, seed=seed)
+    return build(value, seed=seed).eval()
 
 
 def noise(*n_samples: int) -> list[Waveform]:
@@ -202,6 +202,13 @@ def test_masking_is_for_training_only_and_repeats_from_a_seed(sources: dict[str,
         assert losses(1) == losses(1) != losses(2)
         model.eval()
         assert losses(1) == losses(2)
+
+
+@pytest.mark.parametrize("kind", ["group", "layer", "whisper"])
+def test_what_is_built_is_to_be_trained(sources: dict[str, Path], kind: str) -> None:
+    """Transformers hands over a pretrained model in the mode for use: dropout and masks began with the first
+    evaluation, which leaves the mode for training behind."""
+    assert all(module.training for module in build(backbone(sources, kind), seed=1).modules())
 
 
 def test_a_seed_gives_the_same_fresh_head(sources: dict[str, Path]) -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ HEAVY = [
 
 
 def train(world_size: int, attempts: list[Attempt], stop_at: int = 0) -> None:
-    """Start that many ranks and wait for them. Raises AssertionError with what went wrong where one fails.
-
+    """
     Args:
         stop_at: the step at which they stop; 0: the last one.
     """
+    start(world_size, _rank, [str(a.root) for a in attempts], stop_at)
+
+
+def start(world_size: int, body: Callable[..., object], *arguments: Any) -> None:
+    """Start that many ranks, each of which calls `body`, and wait for them. Raises AssertionError with what went wrong
+    where one fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     with socket.socket() as free:
@@ -36,10 +42,9 @@ def train(world_size: int, attempts: list[Attempt], stop_at: int = 0) -> None:
         port = free.getsockname()[1]
     where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     where |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    names = [str(a.root) for a in attempts]
     errors = context.Queue()
     ranks = [
-        context.Process(target=rank, args=({**where, "RANK": str(r), "LOCAL_RANK": str(r)}, names, stop_at, errors))
+        context.Process(target=rank, args=({**where, "RANK": str(r), "LOCAL_RANK": str(r)}, errors, body, arguments))
         for r in range(world_size)
     ]
     try:
@@ -54,10 +59,10 @@ def train(world_size: int, attempts: list[Attempt], stop_at: int = 0) -> None:
         errors.close()
 
 
-def rank(environment: dict[str, str], attempts: list[str], stop_at: int, errors: Any) -> None:
+def rank(environment: dict[str, str], errors: Any, body: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     try:
-        _rank(attempts, stop_at)
+        body(*arguments)
     except BaseException:
         errors.put(f"rank {environment['RANK']}: {traceback.format_exc()}")
         raise
