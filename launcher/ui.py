@@ -149,7 +149,9 @@ class Progress:
 
 LINES = {
     "started": "all {world_size} ranks are up: {utterances} utterances, from step {step} to {max_steps}",
+    "fresh": "starting over at step 0; what was sealed before is put aside",
     "put_aside": "a checkpoint does not verify and was put aside: {problem}",
+    "fell_back": "going on from step {step}; steps lost by that: {lost}",
     "sealed": "step {step}: sealed a checkpoint; training waited {blocked_s:.1f} s for it",
     "trouble_after_seal": "step {step}: sealed a checkpoint, but then: {problem}",
     "save_failed": "step {step}: no checkpoint: {error}; training goes on",

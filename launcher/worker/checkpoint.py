@@ -211,6 +211,7 @@ class Checkpoints:
             if self.ranks.rank == 0:
                 for folder in map(self.run.checkpoint, steps):
                     sealed.rename_aside(folder, "before-fresh")
+                rundir.append_line(self.committer.attempt.events, {"event": "fresh", "time": time.time()})
             self.ranks.barrier()
             return None, []
         for step in steps:
@@ -246,7 +247,7 @@ class Checkpoints:
             self.committer.whole.add(step)
             reading.close()
             return Progress.from_json(manifest["progress"]), put_aside
-        if put_aside or self._has_sealed_before():
+        if put_aside or self.ranks.gather(self._has_sealed_before())[0]:
             raise DataError(
                 f"{self.run.root} has sealed checkpoints before, and none verifies now"
                 + "".join(f"\n  {p}" for p in put_aside),
@@ -255,7 +256,9 @@ class Checkpoints:
         return None, put_aside
 
     def _has_sealed_before(self) -> bool:
-        return any(e["event"] == "sealed" for a in self.run.attempts() for e in rundir.read_lines(a.events))
+        """Whether one was sealed since the run last started over."""
+        events = [e["event"] for a in self.run.attempts() for e in rundir.read_lines(a.events)]
+        return [e for e in events if e in ("sealed", "fresh")][-1:] == ["sealed"]
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _check_weights(optimizer: Any, pieces: Iterable[Piece], vectors: list[Tensor
 def _fill(
     optimizer: Any, stage: int, shards: Shards, pieces: Iterable[Piece], vectors: list[Tensor], ranks: Ranks
 ) -> None:
-    """This rank's weights and moments, and its count of updates, as if its own file had them."""
+    """This rank's weights and moments, its count of updates and the loss's scale, as if its own file had them."""
     step = shards.step
     filled = {"fp32": vectors}
     if step is not None:
@@ -122,7 +122,7 @@ def _fill(
         for piece in pieces:
             values = shards.read(kind, piece.name, piece.start, piece.count)
             into[piece.group].data.narrow(0, piece.offset, piece.count).copy_(values)
-    state = optimizer.state_dict()
+    state = {**optimizer.state_dict(), "loss_scaler": shards.loss_scaler}
     base = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
     if step is not None:
         numbers = [number for options in base["param_groups"] for number in options["params"]]

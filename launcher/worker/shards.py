@@ -171,6 +171,11 @@ class Shards:
         parts = [model["frozen_param_fragments"][name].flatten() for model in self._models]
         return torch.cat(parts)[: self.frozen()[name]]
 
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's own object: the scale, and how long ago it last overflowed. The same on all ranks."""
+        return self._states[0]["loss_scaler"]
+
     def counters(self) -> dict[str, int]:
         """The engine's own counts of steps."""
         return {name: self._models[0][name] for name in ("global_steps", "global_samples", "skipped_steps")}

@@ -134,6 +134,19 @@ def test_a_run_that_sealed_and_finds_nothing_refuses(attempt: Attempt) -> None:
     assert them.restore(fresh=True) == (None, [])
 
 
+def test_a_run_that_started_over_may_start_again_before_it_has_sealed(attempt: Attempt) -> None:
+    """An attempt with --fresh that was killed before its first seal could not be resumed, nor come back by itself: the
+    run had sealed checkpoints before, of the time before it."""
+    saved(attempt, 5)
+    assert checkpoints(attempt.run.new_attempt()).restore(fresh=True) == (None, [])
+    again = attempt.run.new_attempt()
+    assert checkpoints(again).restore(fresh=False) == (None, [])
+    saved(again, 3)
+    sealed.rename_aside(attempt.run.checkpoint(3), "gone")
+    with pytest.raises(DataError, match="has sealed checkpoints before"):
+        checkpoints(attempt.run.new_attempt()).restore(fresh=False)
+
+
 def test_fresh_keeps_what_was_sealed(attempt: Attempt) -> None:
     saved(attempt, 5).restore(fresh=True)
     assert [p.name for p in attempt.run.checkpoints.iterdir()] == [".before-fresh-step-00000005"]

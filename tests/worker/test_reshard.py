@@ -128,6 +128,7 @@ def test_all_is_where_it_was_and_training_goes_on(finished: dict[Case, Run], cas
             assert torch.equal(old.read_frozen(name), new.read_frozen(name)), name
         for name, tensor in old.module.items() if stage != "3" else old.buffers.items():
             assert torch.equal(tensor, new.module[name]), name
+        assert new.loss_scaler.carried == "from the first ranks"
         assert old.counters()["global_steps"] == new.counters()["global_steps"] == STOP
     rows = {row["step"]: row for a in (first, second) for row in read_lines(a.metrics)}
     assert sorted(rows) == list(range(1, END + 1))

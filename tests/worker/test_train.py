@@ -275,6 +275,7 @@ def test_stop_seals_and_resume_finishes(spoken: Path, whole: Run) -> None:
     assert run.sealed_steps()[-1] == step < 24
     assert "stopped" in speechctl("status", "stopped", cwd=spoken).stdout
     # A flipped bit in the newest checkpoint: found before it is used, put aside, and the one before is taken.
+    before = run.sealed_steps()[-2]
     newest = run.checkpoint(step)
     shard = next(newest.glob("deepspeed/*optim_states.pt"))
     data = bytearray(shard.read_bytes())
@@ -283,6 +284,7 @@ def test_stop_seals_and_resume_finishes(spoken: Path, whole: Run) -> None:
     done = speechctl("resume", "stopped", cwd=spoken)
     assert done.returncode == 0, done.stderr
     assert "put aside" in done.stderr and shard.name in done.stderr
+    assert f"going on from step {before}; steps lost by that: {step - before}" in done.stderr
     assert list(run.checkpoints.glob(".bad-*"))
     assert numbers(run) == numbers(whole)
 

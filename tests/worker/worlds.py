@@ -93,5 +93,7 @@ def _rank(attempts: list[str], stop_at: int) -> None:
             for file in training.engine.snapshot(HostMemory(copies=False)):
                 (again / file.name).parent.mkdir(exist_ok=True)
                 write_hashed(again / file.name, file.write)
+        elif training.recipe.zero_stage in (1, 2, 3):
+            training.engine.engine.optimizer.loss_scaler.carried = "from the first ranks"  # type: ignore[attr-defined]
         training.go()
     close(training.ranks)
