@@ -90,6 +90,7 @@ class Committer:
     Args:
         peers: talks to the same ranks' committers and to nobody else; it may be used from a thread of its own.
         on_sealed: called on rank 0 when a checkpoint is durable, with its outcome so far.
+        first: makes durable, on every rank, what no checkpoint may outlive. Where it raises, the save fails.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class Committer:
         peers: Peers,
         rules: retention.Rules,
         on_sealed: Callable[[Outcome], object] = lambda _: None,
+        first: Callable[[], object] = lambda: None,
     ) -> None:
         self.attempt = attempt
         self.run: Run = attempt.run
         self.peers = peers
         self.rules = rules
         self.on_sealed = on_sealed
+        self.first = first
         self.staging = self.run.checkpoints / f".attempt-{attempt.number:04d}"
         self.failed_in_a_row = 0
         self.whole: set[int] = set()
@@ -213,6 +216,8 @@ class Committer:
         """This rank's files, and their digests by name."""
         assert not isinstance(files, Exception)  # `_sizes` raised it
         digests = {}
+        with rundir.storage_errors(self.staging, need):
+            self.first()
         for file in files:
             path = self.staging / file.name
             with rundir.storage_errors(path, need):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import StorageError, UsageError
-from launcher.rundir import Run, storage_errors
+from launcher.rundir import Run, storage_errors, write_over
 
 
 class RunLock:
@@ -63,11 +62,8 @@ class RunLock:
         return self
 
     def _write(self, data: bytes) -> None:
-        """Over what is there, which has its room on a full disk."""
         with storage_errors(self.run.lock):
-            if os.pwrite(self.fd, data, 0) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.ftruncate(self.fd, len(data))
+            write_over(self.fd, data)
 
     def _try(self) -> bool:
         try:

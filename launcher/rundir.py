@@ -229,6 +229,18 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
         sync_dir(path.parent)
 
 
+def write_over(fd: int, data: bytes) -> None:
+    """Have `data` be the content of a file, in the place of what is there, which has its room on a full disk. A reader
+    may see half of it.
+
+    Raises:
+        OSError: there is no room for what is longer than before, or whatever the disk has.
+    """
+    if os.pwrite(fd, data, 0) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(fd, len(data))
+
+
 def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     write_bytes(path, _json(value, indent=1), mode)
 

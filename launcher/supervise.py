@@ -22,7 +22,7 @@ from typing import Any
 from launcher import environment, hang, memory, ownership, recovery, redact, rundir, secret
 from launcher.backends import BACKENDS
 from launcher.cause import conclude
-from launcher.errors import ExitCode, HostError
+from launcher.errors import ExitCode, HostError, StorageError
 from launcher.events import Follower, Tell
 from launcher.failure import Failure, read_progress, resume
 from launcher.node import DUMP, END, KILL, NODE_SCRIPT, OVER, WORKER, die_with_parent
@@ -326,8 +326,8 @@ def watch(
 
 
 def remember(attempt: Attempt, event: str, **facts: Any) -> None:
-    """`note`, where an answer of the file server is not worth a run that goes well."""
-    with suppress(OSError):
+    """`note`, where a disk that is full or does not answer is not worth a run that goes well."""
+    with suppress(OSError, StorageError):
         note(attempt, event, **facts)
 
 

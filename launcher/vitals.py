@@ -69,8 +69,11 @@ class Vitals:
         while True:
             with contextlib.suppress(OSError):  # a disk that is full or gone is not for this thread to tell
                 facts = json.dumps(self.look()).encode()
-                with self.attempt.progress(self.node_rank).open("wb") as file:
-                    file.write(facts)
+                fd = os.open(self.attempt.progress(self.node_rank), os.O_WRONLY | os.O_CREAT, 0o644)
+                try:
+                    rundir.write_over(fd, facts)  # emptied first, it got no room again on a disk that was full
+                finally:
+                    os.close(fd)
             if self._wanted.wait(EVERY_S):
                 self._wanted.clear()
                 with contextlib.suppress(OSError):

@@ -33,6 +33,7 @@ ORDER = (
     "secret",
     "rundir",
     "lock",
+    "lines",
     "staging",
     "sealed",
     "retention",
@@ -100,6 +101,7 @@ CONTRACT = {
     *(
         "committer",
         "errors",
+        "lines",
         "marks",
         "recipe",
         "recipe_file",

@@ -6,7 +6,6 @@ every second instead of every five, so that what a cut 7 s later loses is lost a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import shutil
@@ -14,7 +13,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,33 +21,19 @@ import pytest
 from launcher.committer import Committer
 from launcher.rundir import Run
 from tests.conftest import count, seed
+from tests.disks import cut, filled, mounted, new_image, only_root, read_only
 from tests.saving import Alone, Job, Report, Server, alone, files, good, new_run, server, traced
 from tests.test_commit_kills import calls_of_a_save, points
 
 TRIALS = os.environ.get("SPEECHCTL_TEST_COUNT")
 
-SHUTDOWN = 0x8004587D
-"""_IOR('X', 125, uint32): ext4 stops at once. With 2 nothing is flushed any more, not even the journal."""
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+pytestmark = only_root
 
 
 @pytest.fixture(scope="module")
 def saver() -> Iterator[Server]:
     with server() as made:
         yield made
-
-
-@contextmanager
-def mounted(where: Path, *options: str) -> Iterator[Path]:
-    where.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *options, str(where)], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"this machine mounts no such thing: {done.stderr.strip()}")
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", str(where)], check=True)
 
 
 # Full and read-only ---------------------------------------------------------------------------------------------------
@@ -62,11 +47,7 @@ def test_a_full_disk_costs_saves_and_no_checkpoint(saver: Server, tmp_path: Path
         for trial in range(n):
             run = new_run(disk / f"run-{trial}")
             committer = alone(run, 1, 2)
-            ballast = disk / "ballast"
-            stat = os.statvfs(disk)
-            free = stat.f_bavail * stat.f_frsize
-            ballast.write_bytes(bytes(free - dice.randrange(12_000)))
-            with pytest.MonkeyPatch.context() as patch:
+            with filled(disk, dice.randrange(12_000)), pytest.MonkeyPatch.context() as patch:
                 if trial % 2:  # the room is there when it is asked for, and gone when it is needed
                     patch.setattr(Committer, "_stage", lambda self, need: self.staging.mkdir())
                 outcome = committer.settle(committer.save(3, files(3, 0), {"world_size": 1}), Alone())
@@ -74,7 +55,6 @@ def test_a_full_disk_costs_saves_and_no_checkpoint(saver: Server, tmp_path: Path
             assert "No space left on device (0.0 MiB needed, " in outcome.error and "inodes free)" in outcome.error
             assert good(run) == run.sealed_steps() == [1, 2]
             assert not list(run.checkpoints.glob(".*"))
-            ballast.unlink()
             alone(run, 3)
             assert good(run) == [1, 2, 3]
             shutil.rmtree(run.root)
@@ -85,11 +65,10 @@ def test_a_disk_that_turns_read_only_costs_saves_and_no_checkpoint(tmp_path: Pat
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
         run = new_run(disk / "run")
         committer = alone(run, 1, 2)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        outcome = committer.settle(committer.save(3, files(3, 0), {"world_size": 1}), Alone())
+        with read_only(disk):
+            outcome = committer.settle(committer.save(3, files(3, 0), {"world_size": 1}), Alone())
         assert f"cannot write {run.checkpoints / '.attempt-0001'}: Read-only file system (" in outcome.error
         assert good(run) == [1, 2]
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         assert committer.save(3, files(3, 0), {"world_size": 1}).error == ""
         assert good(run) == [1, 2, 3]
 
@@ -97,23 +76,8 @@ def test_a_disk_that_turns_read_only_costs_saves_and_no_checkpoint(tmp_path: Pat
 # Power cuts -----------------------------------------------------------------------------------------------------------
 
 
-def new_image(path: Path) -> Path:
-    """A file with an ext4 of 16 MiB in it."""
-    with path.open("wb") as file:
-        file.truncate(16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(path)], check=True)
-    return path
-
-
-def cut(disk: Path, image: Path) -> Path:
-    """The image as a power cut leaves it. A copy: somebody else's mount namespace may keep the old file system alive,
-    and a mount of the same image would find that one, dead as it is."""
-    fd = os.open(disk, os.O_RDONLY)
-    try:
-        fcntl.ioctl(fd, SHUTDOWN, b"\2\0\0\0")
-    finally:
-        os.close(fd)
-    return Path(shutil.copy(image, image.with_suffix(".after")))
+LANES = 5
+"""Disks that are cut at the same time: most of a trial is waiting. Odd, so that each has cuts at once and later."""
 
 
 def after_a_cut(saver: Server, blank: Path, disk: Path, call: str, k: int, wait_s: float) -> tuple[bool, list[int]]:
@@ -122,11 +86,11 @@ def after_a_cut(saver: Server, blank: Path, disk: Path, call: str, k: int, wait_
     Returns:
         whether the save had said that step 3 is sealed, and the steps that are accepted when the power is back.
     """
-    path = Path(shutil.copy(blank, disk.with_name(f"{call}-{k}-{wait_s}")))
+    path = Path(shutil.copy(blank, disk.with_name(f"{disk.name}-image")))
     with mounted(disk, "-o", f"loop,commit={1 if wait_s < 7 else 5}", str(path)):
         run = new_run(disk / "run")
         alone(run, 1, 2)
-        job = Job(str(run.root), 1, [3], str(disk.parent / "report"), waits=True, keep_last=9)
+        job = Job(str(run.root), 1, [3], str(disk.with_name(f"{disk.name}-report")), waits=True, keep_last=9)
         pid = saver.start(job)
         with traced(pid, "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={k}"):
             saver.wait(pid)
@@ -157,17 +121,23 @@ def test_a_power_cut_loses_nothing_that_was_sealed(saver: Server, tmp_path: Path
     # The last is never called: that save comes to its end.
     every = [*points(Counter(stages), int(TRIALS or 12) // 2, 5), ("kexec_load", 1)]
     later_s = 2.0 if TRIALS is None else 7.0
-    sealed = cuts = 0
+    trials = [(call, k, wait_s) for call, k in every for wait_s in (0.0, later_s)]
     blank = new_image(tmp_path / "blank")
-    for call, k in every:
-        for wait_s in (0.0, later_s):
-            said, accepted = after_a_cut(saver, blank, tmp_path / "disk", call, k, wait_s)
-            assert accepted[:2] == [1, 2], f"{call} {k} after {wait_s} s: {accepted}"
-            assert not said or 3 in accepted, f"{call} {k} after {wait_s} s: step 3 was sealed and is lost"
-            sealed += said
-            cuts += 1
-    assert sealed >= 2
-    count("power cuts", cuts)
+
+    def some(lane: int) -> int:
+        """Those of one lane, one after the other; how many saves had said that they sealed."""
+        sealed = 0
+        with server() as own:
+            for call, k, wait_s in trials[lane::LANES]:
+                said, accepted = after_a_cut(own, blank, tmp_path / f"disk-{lane}", call, k, wait_s)
+                assert accepted[:2] == [1, 2], f"{call} {k} after {wait_s} s: {accepted}"
+                assert not said or 3 in accepted, f"{call} {k} after {wait_s} s: step 3 was sealed and is lost"
+                sealed += said
+        return sealed
+
+    with ThreadPoolExecutor(LANES) as lanes:
+        assert sum(lanes.map(some, range(LANES))) >= 2
+    count("power cuts", len(trials))
 
 
 def test_without_fsync_a_power_cut_is_noticed(saver: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

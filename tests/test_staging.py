@@ -17,8 +17,8 @@ import pytest
 from launcher import rundir, staging
 from launcher.errors import StorageError, UsageError
 from tests.conftest import count, seed
+from tests.disks import mounted
 from tests.saving import traced
-from tests.test_commit_disks import mounted
 from tests.test_commit_kills import CALLS, points
 
 TRIALS = os.environ.get("SPEECHCTL_TEST_COUNT")

@@ -100,6 +100,7 @@ class Checkpoints:
 
     Args:
         on_sealed: called on rank 0 when a checkpoint is durable; in that thread.
+        first: what must be durable before a checkpoint is; in that thread, on all ranks.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Checkpoints:
         options: CheckpointOptions,
         vote_timeout_s: float = TIMEOUT_S,
         on_sealed: Callable[[Outcome], object] = lambda _: None,
+        first: Callable[[], object] = lambda: None,
     ) -> None:
         self.run: Run = attempt.run
         self.engine = engine
@@ -119,7 +121,7 @@ class Checkpoints:
         self.asynchronous = options.asynchronous
         self.vote_timeout_s = vote_timeout_s
         rules = Rules(options.keep_last, options.keep_best, options.keep_every_steps)
-        self.committer = Committer(attempt, ranks.apart(vote_timeout_s), rules, on_sealed)
+        self.committer = Committer(attempt, ranks.apart(vote_timeout_s), rules, on_sealed, first)
         self.memory = HostMemory(copies=self.asynchronous)
         self.outcome = Outcome(-1)
         self.thread: threading.Thread | None = None

@@ -14,7 +14,8 @@ from accelerate.utils import set_seed
 
 from launcher import recipe_file, redact, rundir
 from launcher.committer import Outcome
-from launcher.errors import DataError, ExitCode, TrainingError
+from launcher.errors import DataError, ExitCode, StorageError, TrainingError
+from launcher.lines import Lines
 from launcher.marks import mark
 from launcher.recipe import Recipe, TriStage
 from launcher.rundir import Attempt
@@ -107,10 +108,12 @@ class Training:
         self.attempt = attempt
         self.run = attempt.run
         self.stop_flag = stop_flag
+        self.events, self.metrics = Lines(attempt.events), Lines(attempt.metrics)
         self.recipe = recipe_file.load(self.run.resolved)
         self.ranks = ranks = Ranks(patience_s(self.recipe.launch.deadlines))
         batch = self.recipe.batch
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
+        self.ledger = Lines(attempt.ledger(ranks.rank))
         mark("model", "start")
         model = build(self.recipe.backbone, seed=self.recipe.seed)
         # Its file is for people, and has the accumulation of the launch; the number of ranks may have changed since.
@@ -142,6 +145,7 @@ class Training:
             self.recipe.checkpoint,
             vote_timeout_s=self.recipe.launch.deadlines.save,
             on_sealed=self._sealed,
+            first=self._sync_lines,
         )
         mark("restore")
         self.checkpoints.fence()
@@ -163,7 +167,12 @@ class Training:
         """Rank 0's record of what happened; the launcher follows it."""
         if self.ranks.rank == 0:
             said = {k: redact.current.text(v) if isinstance(v, str) else v for k, v in facts.items()}
-            rundir.append_line(self.attempt.events, {"event": event, "time": time.time(), **said})
+            self.events.append({"event": event, "time": time.time(), **said})
+
+    def _sync_lines(self) -> None:
+        """A checkpoint must not outlive the lines that say what it has seen. In the committer's thread."""
+        for lines in (self.ledger, self.events, self.metrics):
+            lines.sync()  # the last two of other ranks than 0 have nothing to sync
 
     def _tracker(self) -> Any:
         if self.ranks.rank != 0 or "tensorboard" not in self.recipe.trackers:
@@ -280,7 +289,7 @@ class Training:
         progress.step += 1
         progress.cursor.advance(self.ranks.world_size, self.accumulation)
         epoch = progress.cursor.epoch
-        rundir.append_line(self.attempt.ledger(self.ranks.rank), {"step": progress.step, "epoch": epoch, "ids": ids})
+        self.ledger.append({"step": progress.step, "epoch": epoch, "ids": ids})
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             self.settle()  # of a step that was sound
             raise TrainingError(
@@ -306,7 +315,7 @@ class Training:
                 "step_s": round(time.monotonic() - began, 4),
                 "time": round(time.time(), 3),
             }
-            rundir.append_line(self.attempt.metrics, metrics)
+            self.metrics.append(metrics)
             if self.tracker is not None:
                 shown = ("loss", "grad_norm", "learning_rate")
                 self.tracker.log({f"train/{k}": metrics[k] for k in shown}, step=progress.step)
@@ -365,11 +374,11 @@ class Training:
     def _mark_best(self) -> None:
         if self.ranks.rank != 0:
             return
-        if self.progress.best_step > 0:
-            best = {"step": self.progress.best_step, "wer": self.progress.best_wer}
-            rundir.write_json(self.run.best, best)
-        else:
+        if self.progress.best_step <= 0:
             self.run.best.unlink(missing_ok=True)
+            return
+        with suppress(StorageError):  # the next attempt or the next best marks it; the checkpoint has it too
+            rundir.write_json(self.run.best, {"step": self.progress.best_step, "wer": self.progress.best_wer})
 
     def save(self, best_before: tuple[float, int] | None = None) -> None:
         """Begin to save this step, unless it is sealed or on its way. One save is in flight at a time.
@@ -382,8 +391,6 @@ class Training:
             return
         self.settle()
         began = time.monotonic()
-        with suppress(OSError):  # a checkpoint must not outlive the lines that say what it has seen
-            rundir.sync_file(self.attempt.ledger(self.ranks.rank))
         self.event("saving", step=progress.step)
         mark("begin", "save", progress.step)
         best_before = best_before or (progress.best_wer, progress.best_step)

@@ -21,8 +21,8 @@ from launcher.rundir import Run
 from launcher.worker import __main__ as worker
 from launcher.worker.models import build
 from tests.conftest import RECIPE, count
+from tests.disks import mounted
 from tests.saving import Alone, new_run
-from tests.test_commit_disks import mounted
 
 
 @pytest.fixture

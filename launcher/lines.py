@@ -1,0 +1,50 @@
+"""A file of JSON lines that its one writer goes on with over a full or failing disk, which costs no line.
+
+Training says in such files what it did. A disk that is full for a while may cost checkpoints, and no step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launcher import rundir
+from launcher.errors import StorageError
+
+
+class Lines:
+    """May be appended to from several threads; in the file, the lines are in the order in which they came."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[Mapping[str, Any]] = []
+        self._appended = False
+        self._lock = threading.Lock()
+
+    def append(self, value: Mapping[str, Any]) -> None:
+        """Raises nothing of the disk's: a line that cannot be written waits for the next one, or for `sync`."""
+        with self._lock:
+            self._waiting.append(value)
+            self._appended = True
+            with suppress(StorageError):
+                self._write()
+
+    def sync(self) -> None:
+        """Have every line outlive a power cut.
+
+        Raises:
+            StorageError: one of them may not.
+        """
+        with self._lock:
+            if self._appended:
+                self._write()
+                with rundir.storage_errors(self.path):
+                    rundir.sync_file(self.path)
+
+    def _write(self) -> None:
+        while self._waiting:
+            rundir.append_line(self.path, self._waiting[0])
+            del self._waiting[0]

@@ -1,0 +1,56 @@
+"""Lines of a training run over a disk that has no room for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from launcher import rundir
+from launcher.errors import StorageError
+from launcher.lines import Lines
+from tests.disks import filled, mounted, only_root, read_only
+
+
+@only_root
+@pytest.mark.parametrize("fault", [filled, read_only], ids=["full", "read-only"])
+def test_a_disk_that_takes_none_for_a_while_costs_none(
+    tmp_path: Path, fault: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    """Training ended with the first line that a full disk did not take, with checkpoints to spare."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64k", "tmpfs") as disk:
+        lines = Lines(disk / "lines")
+        lines.sync()
+        wanted = [{"k": k, "text": "x" * 1000} for k in range(12)]
+        for row in wanted[:3]:
+            lines.append(row)
+        with fault(disk):
+            for row in wanted[3:9]:
+                lines.append(row)
+            with pytest.raises(StorageError, match=f"cannot write {lines.path}: "):
+                lines.sync()
+            there = rundir.read_lines(lines.path)
+            assert there == wanted[: len(there)] and len(there) < 9
+        lines.sync()
+        assert rundir.read_lines(lines.path) == wanted[:9]
+        for row in wanted[9:]:
+            lines.append(row)
+        assert rundir.read_lines(lines.path) == wanted
+
+
+@only_root
+def test_what_is_written_over_needs_no_room(tmp_path: Path) -> None:
+    """An agent emptied its file before it wrote the next beat: on a full disk it was silent, and its node taken for
+    lost."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64k", "tmpfs") as disk:
+        path = disk / "beat"
+        with path.open("wb", buffering=0) as file:
+            file.write(b"0123456")
+            with filled(disk):
+                with pytest.raises(OSError, match="No space"):
+                    (disk / "other").write_bytes(b"1")
+                for data in (b"12345", b"678"):
+                    rundir.write_over(file.fileno(), data)
+                    assert path.read_bytes() == data
