@@ -129,8 +129,13 @@ class Checkpoints:
         """How long training waited for the last copy, where saves are asynchronous."""
 
     def fence(self) -> None:
+        """
+        Raises:
+            StorageError: what an older attempt left cannot be taken away.
+        """
         if self.ranks.rank == 0:
-            self.committer.fence()
+            with rundir.storage_errors(self.run.checkpoints):
+                self.committer.fence()
         self.ranks.barrier()
 
     def warm(self) -> None:
@@ -204,15 +209,16 @@ class Checkpoints:
 
         Raises:
             DataError: this run has sealed checkpoints before and none of them verifies now (unless `fresh`).
-            StorageError: one cannot be read at all; that is no reason to put it aside.
+            StorageError: one cannot be read at all, which is no reason to put it aside; or it cannot be put aside.
             UsageError: the checkpoint is of another ZeRO stage, precision, model or data.
         """
         put_aside: list[str] = []
         steps = self.ranks.gather(self.run.sealed_steps()[::-1])[0]
         if fresh:
             if self.ranks.rank == 0:
-                for folder in map(self.run.checkpoint, steps):
-                    sealed.rename_aside(folder, "before-fresh")
+                with rundir.storage_errors(self.run.checkpoints):
+                    for folder in map(self.run.checkpoint, steps):
+                        sealed.rename_aside(folder, "before-fresh")
                 rundir.append_line(self.committer.attempt.events, {"event": "fresh", "time": time.time()})
             self.ranks.barrier()
             return None, []
@@ -236,7 +242,8 @@ class Checkpoints:
                 put_aside.append(problem)
                 reading.close()
                 if self.ranks.rank == 0 and folder.exists():
-                    sealed.rename_aside(folder, "bad")
+                    with rundir.storage_errors(self.run.checkpoints):
+                        sealed.rename_aside(folder, "bad")
                 self.ranks.barrier()
                 continue
             self.identity.refuse(folder, manifest)
@@ -258,9 +265,15 @@ class Checkpoints:
         return None, put_aside
 
     def _has_sealed_before(self) -> bool:
-        """Whether one was sealed since the run last started over."""
-        events = [e["event"] for a in self.run.attempts() for e in rundir.read_lines(a.events)]
-        return [e for e in events if e in ("sealed", "fresh")][-1:] == ["sealed"]
+        """Whether one was sealed since the run last started over. Who went on from one says so too: a kill, or a power
+        cut, may come between a seal and its event."""
+        sealed_before = False
+        for event in (e for a in self.run.attempts() for e in rundir.read_lines(a.events)):
+            if event["event"] == "fresh":
+                sealed_before = False
+            elif event["event"] == "sealed" or (event["event"] == "started" and event["step"] > 0):
+                sealed_before = True
+        return sealed_before
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------

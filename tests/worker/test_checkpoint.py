@@ -21,6 +21,7 @@ from launcher.worker.engine import Engine
 from launcher.worker.host_memory import HostMemory
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import Cursor, Segment
+from tests.disks import mounted, only_root, read_only
 
 IDENTITY = Identity(world_size=1, zero_stage="2", precision="fp32", backbone="b", packs="p", evaluation="e", order="o")
 
@@ -145,6 +146,33 @@ def test_a_run_that_started_over_may_start_again_before_it_has_sealed(attempt: A
     sealed.rename_aside(attempt.run.checkpoint(3), "gone")
     with pytest.raises(DataError, match="has sealed checkpoints before"):
         checkpoints(attempt.run.new_attempt()).restore(fresh=False)
+
+
+def test_who_went_on_from_a_checkpoint_says_that_there_was_one(attempt: Attempt) -> None:
+    """A kill, or a power cut, may come between a seal and the line that tells of it."""
+    rundir.append_line(attempt.events, {"event": "started", "step": 5})
+    with pytest.raises(DataError, match="has sealed checkpoints before"):
+        checkpoints(attempt.run.new_attempt()).restore(fresh=False)
+
+
+@only_root
+def test_a_disk_that_is_read_only_is_named_for_what_it_is(tmp_path: Path) -> None:
+    """What is in the way of a resume cannot be put aside there: that was told as an error of the training code."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
+        run = Run(disk / "run")
+        run.root.mkdir()
+        run.checkpoints.mkdir()
+        saved(run.new_attempt(), 5, 10)
+        (run.checkpoint(10) / "state.json").write_bytes(b"?")
+        (run.checkpoints / ".attempt-0001").mkdir()
+        them = checkpoints(run.new_attempt())
+        with read_only(disk):
+            for work in (them.fence, lambda: them.restore(fresh=False), lambda: them.restore(fresh=True)):
+                with pytest.raises(StorageError, match=f"cannot write {run.checkpoints}: Read-only file system"):
+                    work()
+        them.fence()
+        progress, _ = them.restore(fresh=False)
+        assert progress is not None and progress.step == 5
 
 
 def test_fresh_keeps_what_was_sealed(attempt: Attempt) -> None:
