@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher.rundir import Attempt, Run, read_lines
+import xxhash
+
+from launcher.rundir import Attempt, Run, files_under, read_lines
 
 SPEECHCTL = [sys.executable, "-m", "launcher.cli"]
 
@@ -109,3 +111,32 @@ def trained_on(run: Run) -> dict[int, list[str]]:
                 mine.setdefault(row["step"], []).extend(row["ids"])
         steps.update(mine)
     return {step: sorted(ids) for step, ids in steps.items()}
+
+
+def state_digest(folder: Path) -> str:
+    """Of all that a sealed checkpoint holds, by value: how a pickle refers to what it has twice is no part of it."""
+    import torch
+
+    hasher = xxhash.xxh3_128()
+
+    def walk(value: Any) -> None:
+        hasher.update(type(value).__name__.encode())
+        if isinstance(value, torch.Tensor):
+            hasher.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            hasher.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=repr):
+                walk(repr(key))
+                walk(value[key])
+        elif isinstance(value, list | tuple):
+            for one in value:
+                walk(one)
+        elif isinstance(value, type) or not hasattr(value, "__dict__"):
+            hasher.update(repr(value).encode())
+        else:
+            walk(vars(value))
+
+    for path in files_under(folder):
+        walk(str(path.relative_to(folder)))
+        walk(torch.load(path, weights_only=False) if path.suffix == ".pt" else path.read_bytes())
+    return hasher.hexdigest()
