@@ -60,6 +60,8 @@ def _saves(name: str, file: str, word: str, unit: str, full: int, n: int | None 
     return Part(name, _pytest(f"tests/{file}", "-k", word), {"SPEECHCTL_TEST_COUNT": str(n or full)}, unit, full)
 
 
+TRAINING = "worker/test_training"
+
 PARTS = (
     Part(
         "injections",
@@ -84,11 +86,17 @@ PARTS = (
     _saves("bad-calls", "test_commit_kills.py", "call_that_fails", "failing calls in a save", 50, 90),
     _saves("full-disks", "test_commit_disks.py", "full_disk", "full disks", 50),
     _saves("power-cuts", "test_commit_disks.py", "power_cut_loses", "power cuts", 100),
+    _saves("kills-in-retention", "test_commit_kills.py", "any_delete", "kills in retention", 30, 5000),
+    _saves("kills-in-training", f"{TRAINING}_saves.py", "killed", "kills in a save of two real ranks", 20),
+    _saves("flips-in-training", f"{TRAINING}_saves.py", "flipped", "flipped bits under two real ranks", 10),
+    _saves("disks-in-training", f"{TRAINING}_saves.py", "disk", "failing disks under two real ranks", 5),
+    _saves("cuts-in-training", f"{TRAINING}_power_cuts.py", "sealed", "power cuts of two real ranks", 20),
+    _saves("cuts-of-deepspeed", f"{TRAINING}_power_cuts.py", "deepspeed", "power cuts of DeepSpeed's own save", 20),
     _saves("kills-in-exports", "test_staging.py", "kill", "kills of a process that seals a directory", 20, 1000),
     _saves("schedules", "test_audit.py", "any_schedule", "tests", 200),
     Part("reshard", _pytest("tests/worker/test_reshard.py"), {"SPEECHCTL_TEST_RESHARD": "all"}, "tests", 54),
     Part("peers", ("tests.faults.peers",), {}, "cells", 24),
-    Part("kills", _pytest("tests/worker/test_train.py", "-k", "kill"), {"SPEECHCTL_TEST_KILLS": "10"}, "kills", 10),
+    Part("kills", _pytest("tests/worker/test_train.py", "-k", "same_run"), {"SPEECHCTL_TEST_KILLS": "7"}, "kills", 21),
     Part(
         "time-limits",
         _pytest("tests/cluster/test_slurm_training.py"),
@@ -97,6 +105,8 @@ PARTS = (
         3,
     ),
 )
+
+WIDTH = max(len(part.name) for part in PARTS)
 
 
 @dataclass
@@ -175,13 +185,14 @@ class Torture:
         rundir.write_json(self.file, {"seed": self.seed, "code": self.code, "parts": parts})
 
     def report(self) -> None:
-        print(f"\n{'part':<14} rounds  failed  counts (and, where none failed, the bound 3/n on the rate of failures)")
+        said = "rounds  failed  counts (and, where none failed, the bound 3/n on the rate of failures)"
+        print(f"\n{'part':<{WIDTH}} {said}")
         for part in self.parts:
             done = self.done[part.name]
             counts = [f"{n:,} {name}" for name, n in done.counts.items()]
             if done.counts.get(part.unit) and not done.failed:
                 counts.append(f"{part.unit} fail at less than {3 / done.counts[part.unit]:.2g}")
-            print(f"{part.name:<14} {done.rounds:>6}  {len(done.failed):>6}  {', '.join(counts) or '-'}")
+            print(f"{part.name:<{WIDTH}} {done.rounds:>6}  {len(done.failed):>6}  {', '.join(counts) or '-'}")
         for part in self.parts:
             for log in self.done[part.name].failed:
                 print(f"failed: {log}")
@@ -240,7 +251,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS, 
     if options.list:
         for part in parts:
             words = [*(f"{name}={value}" for name, value in part.variables.items()), "python", "-m", *part.command]
-            print(f"{part.name:<14} {part.full:,} {part.unit} a round: {shlex.join(words)}")
+            print(f"{part.name:<{WIDTH}} {part.full:,} {part.unit} a round: {shlex.join(words)}")
         return 0
     folder = folder or ROOT / ".torture"
     folder.mkdir(exist_ok=True)

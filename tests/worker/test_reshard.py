@@ -12,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher import plan, recipe_file, rundir
-from launcher import recipe as schema
 from launcher.errors import DataError
 from launcher.rundir import Run, read_lines
 from launcher.worker.pack import write_pack
@@ -47,28 +45,7 @@ def prepared(root: Path, name: str, source: Path, stage: str, precision: str) ->
     # Plain data parallel does not bear that a mask may select nothing, and leave the vector for it without a gradient.
     masks = {"mask_time_prob": 0.0} if stage == "off" else {}
     backbone = wav2vec2(source, freeze_feature_encoder=True, **masks)
-    recipe = schema.Recipe.model_validate(
-        {
-            "name": "moved",
-            "run_dir": root / name,
-            "data": {"corpus": root, "packs": root / "packs", "train": ["train-clean-100"]},
-            "backbone": backbone.model_dump(),
-            "zero_stage": stage if stage == "off" else int(stage),
-            "precision": precision,
-            "max_steps": END,
-            "batch": {"step_seconds": 8, "max_rank_seconds": 4},
-            "optimizer": {"learning_rate": 1e-3},
-            "evaluate": {"subsets": ["dev-clean"], "at_end": False, "every_steps": 100},
-            "checkpoint": {"every_steps": 100},
-        }
-    )
-    run = Run(recipe.run_path)
-    for folder in (run.root, run.checkpoints, run.stop_request.parent):
-        folder.mkdir()
-    rundir.write_bytes(run.resolved, recipe_file.dump(recipe).encode())
-    if stage != "off":
-        rundir.write_json(run.deepspeed, plan.deepspeed_config(recipe, 1, 10**6))
-    return run
+    return worlds.prepare(root / name, root, backbone, stage, precision, max_steps=END, checkpoint={"every_steps": 100})
 
 
 @pytest.fixture(scope="module")
