@@ -62,6 +62,16 @@ class SpeechModel(nn.Module, ABC):
     def export(self, folder: Path) -> None:
         """Write weights (safetensors), configuration, vocabulary and preprocessor into `folder`."""
 
+    @abstractmethod
+    def parts(self) -> dict[str, list[str]]:
+        """The model's parts from input to output: name -> prefixes of the names in `named_parameters()`.
+
+        Names: `feature_encoder` (convolutions over sound or its spectrum), `encoder` (what lies between it and the
+        layers: projection, positions), `layer.0` to `layer.n-1`, `adapter`, `decoder` (embeddings and positions),
+        `decoder_layer.0` to `decoder_layer.n-1`, `head`. A part that a model lacks is left out. Every parameter,
+        frozen or not, is in exactly one part; a norm behind the last layer is in the part of that layer.
+        """
+
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
@@ -129,6 +139,13 @@ class TinyCtcModel(CtcModel):
 
     def frames(self, n_samples: IntArray) -> IntArray:
         return TinyCtc.frames(n_samples)
+
+    def parts(self) -> dict[str, list[str]]:
+        return {
+            "feature_encoder": ["model.subsample1.", "model.subsample2."],
+            **_layers("layer", "model.blocks.", len(self.model.blocks), after=["model.norm."]),
+            "head": ["model.head."],
+        }
 
     def export(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -212,6 +229,20 @@ class Wav2Vec2Model(CtcModel):
     def frames(self, n_samples: IntArray) -> IntArray:
         lengths = self.model._get_feat_extract_output_lengths(torch.from_numpy(n_samples)).clamp(min=0)
         return cast(IntArray, np.asarray(lengths))
+
+    def parts(self) -> dict[str, list[str]]:
+        body, config = "model.wav2vec2.", self.model.config
+        # Before the layers in group-norm models, behind them in those with a stable layer norm.
+        norm = [body + "encoder.layer_norm."]
+        between = ["feature_projection.", "masked_spec_embed", "encoder.pos_conv_embed."]
+        behind = config.do_stable_layer_norm
+        return {
+            "feature_encoder": [body + "feature_extractor."],
+            "encoder": [body + name for name in between] + ([] if behind else norm),
+            **_layers("layer", body + "encoder.layers.", config.num_hidden_layers, after=norm if behind else []),
+            **({"adapter": [body + "adapter."]} if config.add_adapter else {}),
+            "head": ["model.lm_head."],
+        }
 
     def feasible(self, lengths: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         assert isinstance(self.backbone, schema.Wav2Vec2)
@@ -318,10 +349,30 @@ class WhisperModel(SpeechModel):
         # A longer one would be cut at 30 s while its text is not.
         return lengths["n_samples"] <= self.max_samples
 
+    def parts(self) -> dict[str, list[str]]:
+        encoder, decoder, config = "model.model.encoder.", "model.model.decoder.", self.model.config
+        layers, words = config.encoder_layers, config.decoder_layers
+        return {
+            "feature_encoder": [encoder + "conv1.", encoder + "conv2."],
+            "encoder": [encoder + "embed_positions."],
+            **_layers("layer", encoder + "layers.", layers, after=[encoder + "layer_norm."]),
+            "decoder": [decoder + "embed_tokens.", decoder + "embed_positions."],
+            **_layers("decoder_layer", decoder + "layers.", words, after=[decoder + "layer_norm."]),
+            # The same weights as the embeddings in every published model, which `named_parameters` then gives once.
+            "head": ["model.proj_out."],
+        }
+
     def export(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.extractor.save_pretrained(folder)
+
+
+def _layers(name: str, prefix: str, count: int, after: list[str]) -> dict[str, list[str]]:
+    """A part for each layer; `after`: what follows the last one and belongs to it."""
+    parts = {f"{name}.{i}": [f"{prefix}{i}."] for i in range(count)}
+    parts[f"{name}.{count - 1}"] += after
+    return parts
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

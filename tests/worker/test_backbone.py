@@ -134,6 +134,18 @@ def test_feasible_whisper(sources: dict[str, Path]) -> None:
     assert model.max_samples == 480_000
 
 
+@pytest.mark.parametrize("kind", ["tiny-ctc", "group", "layer", "whisper"])
+def test_every_parameter_is_in_one_part_and_the_parts_are_in_order(sources: dict[str, Path], kind: str) -> None:
+    value = schema.TinyCtc(kind="tiny-ctc", hidden=8, layers=2) if kind == "tiny-ctc" else backbone(sources, kind)
+    model = made(value)
+    parts = model.parts()
+    for name, _ in model.named_parameters():
+        assert len([part for part, starts in parts.items() if name.startswith(tuple(starts))]) == 1, name
+    order = ["feature_encoder", "encoder", "layer.0", "layer.1", "decoder", "decoder_layer.0", "head"]
+    assert list(parts) == [part for part in order if part in parts]
+    assert {"feature_encoder", "layer.0", "head"} <= set(parts)
+
+
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
