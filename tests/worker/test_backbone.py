@@ -8,31 +8,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import soundfile
 import torch
 
-from launcher import environment, plan, recipe_file, rundir
 from launcher import recipe as schema
+from launcher import rundir
 from launcher.errors import DataError, NotFoundError, SpeechctlError, UsageError
-from launcher.rundir import Attempt, Run, read_json, read_lines
+from launcher.rundir import Run, read_json, read_lines
 from launcher.worker import __main__ as worker
 from launcher.worker import vocabulary
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Waveform
 from launcher.worker.models import build, load_export, skeleton, write_export
 from launcher.worker.pack import write_pack
-from launcher.worker.sampler import accumulation
 from tests.worker.backbones import make_wav2vec2, make_whisper, wav2vec2, whisper
+from tests.worker.groups import prepared, trained_together
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +159,13 @@ def test_masks_follow_the_pretraining(sources: dict[str, Path]) -> None:
     seen: dict[str, Any] = {}
     for kind in ("group", "layer"):
         model = made(wav2vec2(sources[kind])).eval()
-        whole = model.model.forward
+        whole = model.body.forward
 
         def forward(*rest: Any, kind: str = kind, whole: Any = whole, **named: Any) -> Any:
             seen[kind] = named["attention_mask"]
             return whole(*rest, **named)
 
-        model.model.forward = forward
+        model.body.forward = forward
         hear(model, noise(8_000, 16_000), ["A", "A"])
     assert seen["group"] is None
     assert seen["layer"].sum(1).tolist() == [8_000, 16_000]
@@ -498,33 +494,6 @@ RUNS = {
 }
 
 
-def prepared(root: Path, name: str, value: schema.Backbone, stage: int, precision: str) -> Attempt:
-    """A run directory as `launch` leaves it, for 5 steps with an evaluation before and after them."""
-    seconds = 60 if isinstance(value, schema.Whisper) else 4
-    recipe = schema.Recipe.model_validate(
-        {
-            "name": name,
-            "run_dir": root / name,
-            "data": {"corpus": root, "packs": root / "packs", "train": ["train-clean-100"]},
-            "backbone": value.model_dump(),
-            "zero_stage": stage,
-            "precision": precision,
-            "max_steps": 5,
-            "batch": {"step_seconds": 2 * seconds, "max_rank_seconds": seconds / 2},
-            "optimizer": {"learning_rate": 1e-3},
-            "evaluate": {"subsets": ["dev-clean"], "at_start": True, "batch_seconds": seconds / 2},
-            "checkpoint": {"every_steps": 5},
-        }
-    )
-    run = Run(recipe.run_path)
-    for folder in (run.root, run.checkpoints, run.stop_request.parent):
-        folder.mkdir()
-    each = accumulation(recipe.batch.step_seconds, recipe.batch.max_rank_seconds, 2)
-    rundir.write_bytes(run.resolved, recipe_file.dump(recipe).encode())
-    rundir.write_json(run.deepspeed, plan.deepspeed_config(recipe, each, 10**6))
-    return run.new_attempt()
-
-
 def heard(run: Run, step: int) -> list[str]:
     return [row["text"] for row in read_lines(run.hypotheses(step))]
 
@@ -547,23 +516,7 @@ def test_backbones_under_zero_on_two_ranks(
         prepared(tmp_path, name, backbone(sources, kind), stage, precision)
         for name, (kind, stage, precision) in RUNS.items()
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=static"]
-    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    script = Path(__file__).with_name("stages.py")
-    command = [*torchrun, str(script), *(str(a.root) for a in attempts)]
-    env = {**os.environ, **environment.base_variables(2), "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        said, _ = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            for left in psutil.Process(process.pid).children(recursive=True):
-                left.kill()  # ranks that hang have sessions of their own
-            process.kill()
-    assert process.returncode == 0, said.decode()[-6000:]
+    trained_together(Path(__file__).with_name("stages.py"), attempts, tmp_path)
     runs = {name: Run(tmp_path / name) for name in RUNS}
     losses = {name: [m["loss"] for m in read_lines(run.attempts()[0].metrics)] for name, run in runs.items()}
     for name, run in runs.items():
