@@ -25,6 +25,7 @@ ORDER = (
     "memory",
     "located_yaml",
     "nodelist",
+    "bundle_cache",
     "recipe_values",
     "recipe_backbone",
     "recipe_launch",
@@ -99,6 +100,7 @@ ORDER = (
 
 CONTRACT = {
     *(
+        "bundle_cache",
         "committer",
         "errors",
         "marks",

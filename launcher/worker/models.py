@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
+from launcher import bundle_cache
 from launcher import recipe as schema
 from launcher.errors import DataError, NotFoundError
-from launcher.worker import shims
+from launcher.worker import bundles, shims
 from launcher.worker.backbone import Pretrained, SpeechModel, quiet_transformers
 from launcher.worker.preflight import OF_A_BACKBONE
 from launcher.worker.tiny_ctc import TinyCtcModel
@@ -54,7 +55,8 @@ def _make(backbone: schema.Backbone, vocabulary: Vocabulary | None, *, weights: 
         raise RuntimeError(f"the recipe asks for a vocabulary of {asked.kind}, and the model got {vocabulary.kind}")
     if isinstance(backbone, schema.TinyCtc):
         return TinyCtcModel(backbone, vocabulary)
-    check_source(backbone.source, backbone.kind)
+    if not backbone.source.startswith(bundle_cache.PREFIX):
+        check_source(backbone.source, backbone.kind)
     shims.apply()
     from safetensors import SafetensorError
 
@@ -80,6 +82,9 @@ def _make(backbone: schema.Backbone, vocabulary: Vocabulary | None, *, weights: 
 def in_cache(backbone: Pretrained) -> Pretrained:
     """The backbone as a directory, where Hugging Face's cache has all of it: then nobody asks the hub for anything.
     What was fetched in part only is left to the hub."""
+    if backbone.source.startswith(bundle_cache.PREFIX):
+        folder = bundles.opened(backbone.source, backbone.revision, backbone.kind)
+        return backbone.model_copy(update={"source": str(folder), "revision": None})
     if Path(backbone.source).is_dir():
         return backbone
     from huggingface_hub import snapshot_download

@@ -138,7 +138,7 @@ def test_families(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_pack(tiny_corpus, "train-clean-100", tmp_path / "packs" / "train-clean-100", 2**20, 1, lambda _: None)
     made = families(tmp_path / "backbones")
     named = {f"{name}/{stage}": (value, stage) for name, value in made.items() for stage in (2, 3)}
-    heard_on: dict[str, Any] = {"subsets": ["train-clean-100"], "at_start": False}
+    heard_on: dict[str, Any] = {"subsets": ["train-clean-100"], "at_start": False, "batch_seconds": 0.3}  # one by one
     attempts = [
         prepared(tmp_path, name.replace("/", "-"), value, stage, **heard_on) for name, (value, stage) in named.items()
     ]
