@@ -83,8 +83,8 @@ def in_cache(backbone: Pretrained) -> Pretrained:
     """The backbone as a directory, where Hugging Face's cache has all of it: then nobody asks the hub for anything.
     What was fetched in part only is left to the hub."""
     if backbone.source.startswith(bundle_cache.PREFIX):
-        folder = bundles.opened(backbone.source, backbone.revision, backbone.kind)
-        return backbone.model_copy(update={"source": str(folder), "revision": None})
+        converted = bundles.opened(backbone.source, backbone.revision, backbone.kind)
+        return backbone.model_copy(update={"source": str(converted), "revision": None})
     if Path(backbone.source).is_dir():
         return backbone
     from huggingface_hub import snapshot_download
