@@ -60,7 +60,7 @@ def trained_together(script: Path, attempts: Sequence[Attempt], cwd: Path) -> No
     env = {**os.environ, **environment.base_variables(2), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        said, _ = process.communicate(timeout=400)
+        said, _ = process.communicate(timeout=2400)
     finally:
         if process.poll() is None:
             for left in psutil.Process(process.pid).children(recursive=True):
