@@ -20,6 +20,7 @@ def main(attempts: list[str]) -> int:
             begin(model, step, batch)
             assert model.layer_drop is not None
             row = {"step": step, "batch": batch, "dropped": model.layer_drop.dropped.tolist()}
+            assert model.training  # else nothing is passed over, whatever was drawn
             rundir.append_line(path, row)
 
         setattr(SpeechModel, "begin", noted)  # noqa: B010
