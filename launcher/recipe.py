@@ -1,8 +1,8 @@
 """The recipe: one YAML file that says what one whole run is, and its schema.
 
-Every field is documented under itself, with its unit. The section `launch` is in `recipe_launch.py`, units are in
-`recipe_values.py`; reading the file, overrides and located errors are in `recipe_file.py`; what a recipe comes to on
-given hosts is in `plan.py`.
+Every field is documented under itself, with its unit. The section `launch` is in `recipe_launch.py`, `backbone` in
+`recipe_backbone.py`, units are in `recipe_values.py`; reading the file, overrides and located errors are in
+`recipe_file.py`; what a recipe comes to on given hosts is in `plan.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from launcher.recipe_backbone import Backbone as Backbone
+from launcher.recipe_backbone import Characters as Characters
+from launcher.recipe_backbone import Letters as Letters
+from launcher.recipe_backbone import SentencePiece as SentencePiece
+from launcher.recipe_backbone import TinyCtc as TinyCtc
+from launcher.recipe_backbone import Vocabulary as Vocabulary
+from launcher.recipe_backbone import Wav2Vec2 as Wav2Vec2
+from launcher.recipe_backbone import Whisper as Whisper
+from launcher.recipe_backbone import WhisperCtc as WhisperCtc
 from launcher.recipe_launch import Launch
 from launcher.recipe_values import Bytes, Count, Decay, Fraction, Location, Name, Seconds, Section
 
@@ -61,84 +70,6 @@ class Data(Section):
 
     shard_size: Bytes = 64 * 2**20
     """Size of one MDS shard."""
-
-
-class TinyCtc(Section):
-    kind: Literal["tiny-ctc"]
-    """Log-mel, convolution and transformer with a CTC head, from random weights. About a million parameters."""
-
-    hidden: Annotated[int, Field(ge=8, multiple_of=8)] = 144
-    """Width of the transformer."""
-
-    layers: Annotated[int, Field(ge=1)] = 4
-    """Depth of the transformer."""
-
-    dropout: Fraction = 0.1
-    """Everywhere in the transformer."""
-
-    spec_augment: bool = True
-    """Mask one span of time and one of frequency in each training utterance (torchaudio)."""
-
-
-class Wav2Vec2(Section):
-    kind: Literal["wav2vec2"]
-    """wav2vec 2.0 with a fresh CTC head over LibriSpeech's letters."""
-
-    source: Annotated[str, Field(min_length=1, examples=["facebook/wav2vec2-base"])]
-    """A directory in Hugging Face layout, or a hub id."""
-
-    revision: str | None = None
-    """Commit of the hub id. Without one a run cannot be repeated for certain."""
-
-    normalize: bool = False
-    """Zero mean and unit variance for each utterance: false for base models, true for large-lv60."""
-
-    freeze_feature_encoder: bool = True
-    """Keep the convolutional front end as it was pretrained (fairseq: `feature_grad_mult: 0`)."""
-
-    dropout: Fraction = 0.0
-    """Attention, hidden and final dropout. fairseq fine-tunes with 0 here and `activation_dropout` 0.1."""
-
-    activation_dropout: Fraction = 0.1
-    """Inside the feed-forward layers."""
-
-    layerdrop: Annotated[float, Field(ge=0, le=0)] = 0.0
-    """Only 0 for now: layers dropped by each rank's own dice give ranks different graphs, and ZeRO hangs or fails."""
-
-    mask_time_prob: Fraction = 0.65
-    """Share of frames covered by masked spans, counted before overlap (fairseq: `mask_prob`)."""
-
-    mask_time_length: Annotated[int, Field(ge=1)] = 10
-    """Frames in one masked span of time."""
-
-    mask_channel_prob: Fraction = 0.5
-    """Share of channels covered by masked spans, counted before overlap."""
-
-    mask_channel_length: Annotated[int, Field(ge=1)] = 64
-    """Channels in one masked span of channels."""
-
-
-class Whisper(Section):
-    kind: Literal["whisper"]
-    """Whisper as a sequence-to-sequence model; every input is padded to 30 s, as it was pretrained."""
-
-    source: Annotated[str, Field(min_length=1, examples=["openai/whisper-tiny.en"])]
-    """A directory in Hugging Face layout, or a hub id."""
-
-    revision: str | None = None
-    """Commit of the hub id. Without one a run cannot be repeated for certain."""
-
-    dropout: Fraction = 0.0
-    """Everywhere in encoder and decoder."""
-
-    spec_augment: bool = False
-    """Mask one span of time and one of frequency in each training utterance (torchaudio)."""
-
-    max_new_tokens: Annotated[int, Field(ge=1, le=440)] = 200
-    """Longest transcript that greedy decoding may write."""
-
-
-Backbone = Annotated[TinyCtc | Wav2Vec2 | Whisper, Field(discriminator="kind")]
 
 
 class Batch(Section):

@@ -42,6 +42,7 @@ class Run:
         self.best = self.checkpoints / "best.json"
         self.evaluations = self.root / "evaluations"
         self.exports = self.root / "exports"
+        self.vocabulary = self.root / "vocabulary"
         self.tensorboard = self.root / "tensorboard"
         self.slurm = self.root / "slurm"
         self.avoided = self.root / "avoided.jsonl"

@@ -15,6 +15,10 @@ from launcher import rundir
 from launcher.errors import UsageError
 
 
+class Busy(UsageError):
+    """Another process is filling the directory."""
+
+
 @contextmanager
 def staged(target: Path, need: int = 0) -> Iterator[Path]:
     """An empty directory beside `target`, for the caller to fill and `rundir.seal`; it is gone at the end if that did
@@ -24,7 +28,7 @@ def staged(target: Path, need: int = 0) -> Iterator[Path]:
         need: bytes that it will take; the disk is asked for them first.
 
     Raises:
-        UsageError: another process is filling it.
+        Busy: another process is filling it.
         StorageError: there is no room, or a write failed in the body; also one that a library made something else of.
     """
     aside = target.with_name(f".{target.name}.partial")
@@ -62,9 +66,7 @@ def _claim(aside: Path) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise UsageError(
-                f"another process is writing {aside}", hint="wait for it, or name another directory"
-            ) from None
+            raise Busy(f"another process is writing {aside}", hint="wait for it, or name another directory") from None
         except OSError:  # a file system without locks: then nobody is kept from it
             pass
         if not _is_at(aside, fd):  # its last owner was just done

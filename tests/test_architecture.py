@@ -25,7 +25,9 @@ ORDER = (
     "memory",
     "located_yaml",
     "nodelist",
+    "bundle_cache",
     "recipe_values",
+    "recipe_backbone",
     "recipe_launch",
     "recipe",
     "recipe_file",
@@ -99,11 +101,13 @@ ORDER = (
 
 CONTRACT = {
     *(
+        "bundle_cache",
         "committer",
         "errors",
         "lines",
         "marks",
         "recipe",
+        "recipe_backbone",
         "recipe_file",
         "recipe_launch",
         "redact",
@@ -123,6 +127,7 @@ ONLY_IN_WORKER = {
     "deepspeed",
     "jiwer",
     "safetensors",
+    "sentencepiece",
     "soundfile",
     "streaming",
     "torch",

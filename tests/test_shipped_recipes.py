@@ -60,7 +60,7 @@ def test_wav2vec2_base_100h_has_the_published_masks() -> None:
     assert isinstance(backbone, Wav2Vec2)
     assert (backbone.mask_time_prob, backbone.mask_time_length) == (0.65, 10)
     assert (backbone.mask_channel_prob, backbone.mask_channel_length) == (0.5, 64)
-    assert (backbone.dropout, backbone.activation_dropout, backbone.layerdrop) == (0, 0.1, 0)
+    assert (backbone.dropout, backbone.activation_dropout, backbone.layerdrop) == (0, 0.1, 0.1)
     assert backbone.freeze_feature_encoder and not backbone.normalize
 
 

@@ -267,7 +267,8 @@ def _data(found: Findings) -> Iterator[Check]:
     usual, odd = odd_ones(usual_sizes) if usual_sizes else ((), [])
     for n, v in values.items():
         if "missing" in v:
-            hint = "--fix fetches it once" if "snapshots" in v["missing"] else "set backbone.source, or copy it there"
+            fetched = "snapshots" in v["missing"] or found.needs.bundle is not None
+            hint = "--fix fetches it once" if fetched else "set backbone.source, or copy it there"
             if "snapshots" in v["missing"] and usual_sizes:
                 hint = f"let HF_HOME name a directory that {n} shares with the others, or copy it there"
             yield Check("backbone", n, "fail", f"{v['missing']} is not there", "the backbone", hint)

@@ -24,7 +24,7 @@ class Needs:
     pythonpath: str
     packs: tuple[str, ...]
     source: str | None
-    """Of the backbone: a directory or a hub id."""
+    """Of the backbone: a directory or a hub id. Of a bundle of torchaudio's, where it lies once it was converted."""
     revision: str | None
     hub: str | None
     """Hugging Face's cache, where the launcher's environment says where it is."""
@@ -40,6 +40,8 @@ class Needs:
     """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, as far as the user has set them."""
     variables: dict[str, str] = field(default_factory=dict)
     """What ranks have in their environment, but for the secrets."""
+    bundle: str | None = None
+    """The name under which `backbone.source` has that bundle."""
     secrets: tuple[str, ...] = ()
     """Variables whose values go to no host."""
     stop_grace_s: float = 3.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from launcher import environment, jobs, lock
+from launcher import bundle_cache, environment, jobs, lock
 from launcher.backends import slurm, ssh
 from launcher.hosts import Host
 from launcher.node import WORKER
@@ -36,6 +36,9 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
     """What the recipe, with all its paths absolute, needs of these hosts."""
     run, backbone = Run(recipe.run_path), recipe.backbone
     source = None if isinstance(backbone, TinyCtc) else backbone.source
+    bundle = source if source is not None and source.startswith(bundle_cache.PREFIX) else None
+    if bundle is not None and not isinstance(backbone, TinyCtc):
+        source = str(bundle_cache.folder(bundle, backbone.revision))
     if source is not None and (Path(source).exists() or source.startswith(".")):
         source = os.path.abspath(source)
     home = os.environ.get("HF_HOME")
@@ -51,6 +54,7 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
         pythonpath=os.environ.get("PYTHONPATH", ""),
         packs=tuple(os.path.abspath(recipe.pack(s)) for s in recipe.subsets),
         source=source,
+        bundle=bundle,
         revision=None if isinstance(backbone, TinyCtc) else backbone.revision,
         hub=os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None),
         builds=os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(sys.prefix, "torch_extensions"),

@@ -67,11 +67,12 @@ def _here(needs: Needs, red: set[tuple[str, str]]) -> Iterator[str]:
             yield f"made {parent}"
         except OSError as error:
             yield f"could not make {parent}: {error.strerror}"
-    if needs.source is not None and not os.path.isabs(needs.source) and any(n == "backbone" for n, _ in red):
+    asked_for = needs.bundle or needs.source
+    if asked_for is not None and not os.path.isabs(asked_for) and any(n == "backbone" for n, _ in red):
         revision = ["--revision", needs.revision] if needs.revision else []
-        asked = verbs.ask(["fetch", needs.source, *revision], stderr=subprocess.PIPE)
+        asked = verbs.ask(["fetch", asked_for, *revision], stderr=subprocess.PIPE)
         said = next((line for line in asked.stderr.splitlines() if line.startswith("error: ")), asked.stderr[-300:])
-        yield f"fetched {needs.source}" if asked.returncode == 0 else said.removeprefix("error: ")
+        yield f"fetched {asked_for}" if asked.returncode == 0 else said.removeprefix("error: ")
 
 
 # The environment of a host -------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def check_letters(model: SpeechModel, utterances: Utterances) -> None:
         DataError: names how many there are, and the first.
     """
     odd = (utterances.lengths["ctc_frames"] < 0).nonzero()[0]
-    if isinstance(model, CtcModel) and len(odd):
+    if isinstance(model, CtcModel) and model.vocabulary.kind == "letters" and len(odd):
         row = utterances.row(int(odd[0]))
         raise DataError(
             f"{len(odd)} of {len(utterances)} references to evaluate on have other characters than A to Z and the"

@@ -8,49 +8,68 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
+from launcher import bundle_cache
 from launcher import recipe as schema
 from launcher.errors import DataError, NotFoundError
-from launcher.worker import shims
-from launcher.worker.backbone import SpeechModel, TinyCtcModel, Wav2Vec2Model, WhisperModel, quiet_transformers
+from launcher.worker import bundles, shims
+from launcher.worker.backbone import Pretrained, SpeechModel, quiet_transformers
 from launcher.worker.preflight import OF_A_BACKBONE
+from launcher.worker.tiny_ctc import TinyCtcModel
+from launcher.worker.vocabulary import Letters, Vocabulary, load
+from launcher.worker.wav2vec2 import Wav2Vec2Model
+from launcher.worker.whisper import WhisperCtcModel, WhisperModel
 
 WEIGHTS = {"model.safetensors", "model.safetensors.index.json"}
 """One of them is where there are weights that can be opened without running anything."""
 
 
-def build(backbone: schema.Backbone, *, seed: int) -> SpeechModel:
+def build(backbone: schema.Backbone, *, seed: int, vocabulary: Vocabulary | None = None) -> SpeechModel:
     """The model with its weights, fp32, on the CPU, to be trained; the same on every rank.
+
+    Args:
+        vocabulary: of a CTC head, where the recipe asks for another one than LibriSpeech's letters.
 
     Raises:
         DataError: the directory of the backbone is missing or holds no weights, or the hub could not be reached.
     """
     torch.manual_seed(seed)
     # Transformers hands over what was pretrained in the mode for use, and DeepSpeed leaves it so.
-    return _make(backbone, weights=True).train()
+    return _make(backbone, vocabulary, weights=True, seed=seed).train()
 
 
-def skeleton(backbone: schema.Backbone) -> SpeechModel:
+def skeleton(backbone: schema.Backbone, vocabulary: Vocabulary | None = None) -> SpeechModel:
     """The model with shapes and no memory behind them: to count parameters and frames."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        model = _make(backbone, weights=False)
+        model = _make(backbone, vocabulary, weights=False, seed=0)
     if isinstance(model, WhisperModel):
         model.model.tie_weights()  # Accelerate parted the output projection from the embeddings
     return model
 
 
-def _make(backbone: schema.Backbone, *, weights: bool) -> SpeechModel:
+def _make(backbone: schema.Backbone, vocabulary: Vocabulary | None, *, weights: bool, seed: int) -> SpeechModel:
+    vocabulary = vocabulary or Letters()
+    asked = getattr(backbone, "vocabulary", None)
+    if asked is not None and asked.kind != vocabulary.kind:
+        raise RuntimeError(f"the recipe asks for a vocabulary of {asked.kind}, and the model got {vocabulary.kind}")
     if isinstance(backbone, schema.TinyCtc):
-        return TinyCtcModel(backbone)
-    check_source(backbone.source, backbone.kind)
+        return TinyCtcModel(backbone, vocabulary)
+    if not backbone.source.startswith(bundle_cache.PREFIX):
+        check_source(backbone.source, backbone.kind)
     shims.apply()
     from safetensors import SafetensorError
 
-    kind = Wav2Vec2Model if isinstance(backbone, schema.Wav2Vec2) else WhisperModel
     with quiet_transformers():
         try:
-            model = kind(in_cache(backbone), weights)  # type: ignore[arg-type]
+            found = in_cache(backbone)
+            model: SpeechModel
+            if isinstance(found, schema.Wav2Vec2):
+                model = Wav2Vec2Model(found, vocabulary, weights, seed)
+            elif isinstance(found, schema.WhisperCtc):
+                model = WhisperCtcModel(found, vocabulary, weights, seed)
+            else:
+                model = WhisperModel(found, weights, seed)
             model.backbone = backbone
             return model
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -60,9 +79,12 @@ def _make(backbone: schema.Backbone, *, weights: bool) -> SpeechModel:
             ) from error
 
 
-def in_cache(backbone: schema.Wav2Vec2 | schema.Whisper) -> schema.Wav2Vec2 | schema.Whisper:
+def in_cache(backbone: Pretrained) -> Pretrained:
     """The backbone as a directory, where Hugging Face's cache has all of it: then nobody asks the hub for anything.
     What was fetched in part only is left to the hub."""
+    if backbone.source.startswith(bundle_cache.PREFIX):
+        converted = bundles.opened(backbone.source, backbone.revision, backbone.kind)
+        return backbone.model_copy(update={"source": str(converted), "revision": None})
     if Path(backbone.source).is_dir():
         return backbone
     from huggingface_hub import snapshot_download
@@ -75,8 +97,11 @@ def in_cache(backbone: schema.Wav2Vec2 | schema.Whisper) -> schema.Wav2Vec2 | sc
     except (LocalEntryNotFoundError, ValueError):
         return backbone
     there = {p.name for p in Path(folder).iterdir()}
-    whisper = {"preprocessor_config.json", "tokenizer_config.json"} if backbone.kind == "whisper" else set()
-    if not {"config.json", *whisper} <= there or not WEIGHTS & there:
+    needed = {
+        "whisper": {"preprocessor_config.json", "tokenizer_config.json"},
+        "whisper-ctc": {"preprocessor_config.json"},
+    }.get(backbone.kind, set())
+    if not {"config.json", *needed} <= there or not WEIGHTS & there:
         return backbone
     return backbone.model_copy(update={"source": folder, "revision": None})
 
@@ -107,7 +132,7 @@ def check_source(source: str, kind: str) -> None:
             f"backbone {source}: config.json does not say model_type: {error}",
             hint="set backbone.source to a directory in Hugging Face layout",
         ) from error
-    if is_kind != kind:
+    if is_kind != kind.removesuffix("-ctc"):
         raise DataError(
             f"backbone {source}: a {is_kind} model, the recipe says kind: {kind}",
             hint="set backbone.kind or backbone.source so that they agree",
@@ -141,7 +166,7 @@ def load_export(folder: Path) -> SpeechModel:
         backbone = TypeAdapter(schema.Backbone).validate_python(value)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{recorded} is not what an export writes: {error}", hint=again) from error
-    model = _make(backbone, weights=True)
+    model = _make(backbone, load(folder), weights=True, seed=0)
     if isinstance(model, TinyCtcModel):
         try:
             model.load_export(folder)

@@ -8,6 +8,8 @@ import statistics
 import time
 from datetime import timedelta
 
+from launcher import bundle_cache
+
 OF_A_BACKBONE = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """The files of a model repository that are wanted: weights that run nothing, and what describes them."""
 BYTES = 4 * 2**20
@@ -51,7 +53,13 @@ def allreduce(options: argparse.Namespace) -> int:
 
 
 def fetch(options: argparse.Namespace) -> int:
-    """Put a backbone into Hugging Face's cache, at its revision: safetensors and what describes them, no pickles."""
+    """Put a backbone into Hugging Face's cache, at its revision: safetensors and what describes them, no pickles. Or
+    convert a bundle of torchaudio's."""
+    if options.source.startswith(bundle_cache.PREFIX):
+        from launcher.worker import bundles
+
+        print(json.dumps({"path": str(bundles.fetch(options.source, options.revision))}))
+        return 0
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -6,8 +6,10 @@ that ZeRO-3 gathers the same parameters in the same order on every rank. The let
 
 from __future__ import annotations
 
+import json
 from functools import cache
-from typing import TypeVar
+from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from launcher import recipe as schema
 from launcher.worker import shims
+from launcher.worker.backbone import CtcModel, IntArray, layer_parts
+from launcher.worker.data import Tensors
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
+from launcher.worker.vocabulary import Vocabulary
 
 shims.apply()
 
@@ -30,6 +36,45 @@ _HEADS = 4  # of attention; the recipe holds `hidden` to multiples of 8
 
 _N = TypeVar("_N", int, Tensor, npt.NDArray[np.int64])
 _Lengths = TypeVar("_Lengths", Tensor, npt.NDArray[np.int64])
+
+
+class TinyCtcModel(CtcModel):
+    def __init__(self, backbone: schema.TinyCtc, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        self.backbone = backbone
+        self.model = TinyCtc(
+            vocabulary_size=len(vocabulary),
+            hidden=backbone.hidden,
+            layers=backbone.layers,
+            dropout=backbone.dropout,
+            spec_augment=backbone.spec_augment,
+        )
+
+    def logits(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], self.model(tensors["inputs"], tensors["lengths"]))
+
+    def frames(self, n_samples: IntArray) -> IntArray:
+        return TinyCtc.frames(n_samples)
+
+    def parts(self) -> dict[str, list[str]]:
+        return {
+            "feature_encoder": ["model.subsample1.", "model.subsample2."],
+            **layer_parts("layer", "model.blocks.", len(self.model.blocks), after=["model.norm."]),
+            "head": ["model.head."],
+        }
+
+    def export(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({k: v.contiguous().clone() for k, v in self.model.state_dict().items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.backbone.model_dump(), indent=1) + "\n")
+        if self.vocabulary.kind != "letters":
+            self.vocabulary.save(folder)
+
+    def load_export(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        self.model.load_state_dict(load_file(folder / "model.safetensors"))
 
 
 class TinyCtc(nn.Module):

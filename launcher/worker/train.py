@@ -19,6 +19,7 @@ from launcher.lines import Lines
 from launcher.marks import mark
 from launcher.recipe import Recipe, TriStage
 from launcher.rundir import Attempt
+from launcher.worker import vocabularies
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress
 from launcher.worker.data import Tensors, Utterances, ahead
@@ -61,6 +62,7 @@ class TrainingSet:
         """
         utterances = Utterances([recipe.pack(s) for s in recipe.data.train])
         lengths = utterances.lengths
+        lengths["ctc_frames"] = vocabularies.ctc_frames(recipe, lengths["ctc_frames"])
         seconds = lengths["n_samples"] / SAMPLE_RATE_HZ
         keep = seconds >= recipe.data.min_utterance
         left_out = {"shorter than data.min_utterance": int((~keep).sum())}
@@ -115,7 +117,8 @@ class Training:
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
         self.ledger = Lines(attempt.ledger(ranks.rank))
         mark("model", "start")
-        model = build(self.recipe.backbone, seed=self.recipe.seed)
+        vocabulary = vocabularies.of_run(self.run)
+        model = build(self.recipe.backbone, seed=self.recipe.seed, vocabulary=vocabulary)
         # Its file is for people, and has the accumulation of the launch; the number of ranks may have changed since.
         config = {**(rundir.read_json(self.run.deepspeed) or {}), "gradient_accumulation_steps": self.accumulation}
         mark("engine")
@@ -123,6 +126,9 @@ class Training:
         mark("meet")
         ranks.connect()
         mark("packs")
+        ranks.agree("the vocabulary", vocabulary.digest)
+        if ranks.rank == 0:
+            vocabularies.keep(vocabulary, self.run)
         # Every rank has dice of its own, for dropout and masks; weights and order come from the seed alone.
         set_seed(self.recipe.seed + ranks.rank)
         self.data = TrainingSet.open(self.recipe, model)
@@ -132,7 +138,7 @@ class Training:
             world_size=ranks.world_size,
             zero_stage=str(self.recipe.zero_stage),
             precision=self.recipe.precision,
-            backbone=rundir.digest_json(self.recipe.backbone.model_dump()),
+            backbone=rundir.digest_json([self.recipe.backbone.model_dump(), vocabulary.digest]),
             packs=self.data.utterances.digest,
             evaluation=self.evaluator.utterances.digest,
             order=self.sampler.identity(),
@@ -271,6 +277,7 @@ class Training:
             mark("data", "step", progress.step + 1)
             utt_ids, tensors = next(feed)
             mark("forward and backward")
+            self.engine.model.begin(progress.step, number)
             # Sum over utterances, over all ranks and all accumulation, divided by their number: the factor undoes
             # the engine's plain mean over ranks and micro-batches.
             factor = 0.0 if batch.filler else self.ranks.world_size * self.accumulation / count

@@ -49,6 +49,7 @@ def pack(options: argparse.Namespace) -> int:
 
 def facts(options: argparse.Namespace) -> int:
     """What the plan needs and only torch or the packs can tell. No weights are loaded."""
+    from launcher.worker import vocabularies
     from launcher.worker.data import Utterances
     from launcher.worker.evaluate import check_letters
     from launcher.worker.librispeech import SAMPLE_RATE_HZ
@@ -57,7 +58,7 @@ def facts(options: argparse.Namespace) -> int:
     from launcher.worker.train import TrainingSet
 
     recipe = recipe_file.load(options.recipe)
-    model = skeleton(recipe.backbone)
+    model = skeleton(recipe.backbone, vocabularies.of_recipe(recipe))
     data = TrainingSet.open(recipe, model)
     batch, world_size = recipe.batch, options.world_size
     each = accumulation(batch.step_seconds, batch.max_rank_seconds, world_size)

@@ -12,6 +12,7 @@ from launcher import recipe as schema
 from launcher import sealed
 from launcher.errors import DataError
 from launcher.rundir import Run
+from launcher.worker import vocabularies
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.models import build
 
@@ -46,7 +47,7 @@ def restored(run: Run, step: int, backbone: schema.Backbone, seed: int) -> Speec
     Raises:
         DataError: the checkpoint does not verify, or holds other weights than the model has.
     """
-    model = build(backbone, seed=seed)
+    model = build(backbone, seed=seed, vocabulary=vocabularies.of_run(run))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         weights = weights_of(run, step)  # DeepSpeed prints its progress, and stdout is for our answer
     problems: Any = model.load_state_dict(weights, strict=False)

@@ -11,18 +11,20 @@ from launcher import recipe as schema
 from launcher.worker import shims
 
 
-def make_wav2vec2(folder: Path, norm: str = "group", head: bool = False) -> Path:
-    """wav2vec 2.0 of width 32: `norm` is `group` as in base models, or `layer` as in large-lv60.
+def make_wav2vec2(
+    folder: Path, norm: str = "group", head: bool = False, family: str = "Wav2Vec2", layers: int = 2
+) -> Path:
+    """wav2vec 2.0 of width 32, or `Hubert`, or `WavLM`: `norm` is `group` as in base models, or `layer` as in large.
 
     It has 200 frames a second, so that a third of a second has room for any sentence.
     """
     shims.apply()
-    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2Model
+    import transformers
 
-    config = Wav2Vec2Config(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=40,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=64,
         conv_dim=(16, 16),
@@ -35,7 +37,7 @@ def make_wav2vec2(folder: Path, norm: str = "group", head: bool = False) -> Path
         conv_bias=norm == "layer",
     )
     torch.manual_seed(5)
-    (Wav2Vec2ForCTC if head else Wav2Vec2Model)(config).save_pretrained(folder)
+    getattr(transformers, f"{family}{'ForCTC' if head else 'Model'}")(config).save_pretrained(folder)
     return folder
 
 
@@ -45,7 +47,11 @@ def wav2vec2(source: Path, **values: object) -> schema.Wav2Vec2:
     )
 
 
-def make_whisper(folder: Path) -> Path:
+def whisper_ctc(source: Path, **values: object) -> schema.WhisperCtc:
+    return schema.WhisperCtc.model_validate({"kind": "whisper-ctc", "source": str(source), **values})
+
+
+def make_whisper(folder: Path, layers: int = 1) -> Path:
     """Whisper of width 16 with a tokenizer of single bytes. Its encoder has the real one's 1,500 positions."""
     shims.apply()
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -69,7 +75,7 @@ def make_whisper(folder: Path) -> Path:
     config = WhisperConfig(
         vocab_size=quiet + 1 + 8,  # the last are timestamps
         d_model=16,
-        encoder_layers=1,
+        encoder_layers=layers,
         decoder_layers=1,
         encoder_attention_heads=2,
         decoder_attention_heads=2,

@@ -51,7 +51,7 @@ def launcher(recipe: str, overrides: list[str]) -> int:
     return subprocess.run([*torchrun, *where], env=env, check=False).returncode
 
 
-def rank(attempts: list[str]) -> int:
+def rank(attempts: list[str], last: bool = True) -> int:
     from launcher.worker import train
     from launcher.worker.ranks import Ranks
 
@@ -59,7 +59,9 @@ def rank(attempts: list[str]) -> int:
     for attempt in attempts:
         training = train.Training(Attempt(Path(attempt)), [False], fresh=False)
         training.go()
-    close(training.ranks)
+    Ranks.close = close  # type: ignore[method-assign]
+    if last:
+        close(training.ranks)
     return 0
 
 

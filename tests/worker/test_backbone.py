@@ -8,31 +8,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import soundfile
 import torch
 
-from launcher import environment, plan, recipe_file, rundir
 from launcher import recipe as schema
+from launcher import rundir
 from launcher.errors import DataError, NotFoundError, SpeechctlError, UsageError
-from launcher.rundir import Attempt, Run, read_json, read_lines
+from launcher.rundir import Run, read_json, read_lines
 from launcher.worker import __main__ as worker
 from launcher.worker import vocabulary
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Waveform
 from launcher.worker.models import build, load_export, skeleton, write_export
 from launcher.worker.pack import write_pack
-from launcher.worker.sampler import accumulation
-from tests.worker.backbones import make_wav2vec2, make_whisper, wav2vec2, whisper
+from tests.worker.backbones import make_wav2vec2, make_whisper, wav2vec2, whisper, whisper_ctc
+from tests.worker.groups import prepared, trained_together
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +36,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`group` and `layer`: wav2vec2 with that norm. `whisper`."""
     root = tmp_path_factory.mktemp("backbones")
     made = {norm: make_wav2vec2(root / norm, norm) for norm in ("group", "layer")}
-    return {**made, "whisper": make_whisper(root / "whisper")}
+    others = {name: make_wav2vec2(root / name, family=f) for name, f in (("hubert", "Hubert"), ("wavlm", "WavLM"))}
+    return {**made, **others, "whisper": make_whisper(root / "whisper")}
 
 
 def backbone(sources: dict[str, Path], kind: str) -> schema.Backbone:
-    return whisper(sources[kind]) if kind == "whisper" else wav2vec2(sources[kind])
+    if kind == "whisper-ctc":
+        return whisper_ctc(sources["whisper"])
+    family = {"kind": kind} if kind in ("hubert", "wavlm") else {}
+    return whisper(sources[kind]) if kind == "whisper" else wav2vec2(sources[kind], **family)
 
 
 def made(value: schema.Backbone, seed: int = 1) -> Any:
@@ -134,6 +134,18 @@ def test_feasible_whisper(sources: dict[str, Path]) -> None:
     assert model.max_samples == 480_000
 
 
+@pytest.mark.parametrize("kind", ["tiny-ctc", "group", "layer", "whisper", "hubert", "wavlm", "whisper-ctc"])
+def test_every_parameter_is_in_one_part_and_the_parts_are_in_order(sources: dict[str, Path], kind: str) -> None:
+    value = schema.TinyCtc(kind="tiny-ctc", hidden=8, layers=2) if kind == "tiny-ctc" else backbone(sources, kind)
+    model = made(value)
+    parts = model.parts()
+    for name, _ in model.named_parameters():
+        assert len([part for part, starts in parts.items() if name.startswith(tuple(starts))]) == 1, name
+    order = ["feature_encoder", "encoder", "layer.0", "layer.1", "decoder", "decoder_layer.0", "head"]
+    assert list(parts) == [part for part in order if part in parts]
+    assert {"feature_encoder", "layer.0", "head"} <= set(parts)
+
+
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
@@ -151,19 +163,110 @@ def test_masks_follow_the_pretraining(sources: dict[str, Path]) -> None:
     seen: dict[str, Any] = {}
     for kind in ("group", "layer"):
         model = made(wav2vec2(sources[kind])).eval()
-        whole = model.model.forward
+        whole = model.body.forward
 
         def forward(*rest: Any, kind: str = kind, whole: Any = whole, **named: Any) -> Any:
             seen[kind] = named["attention_mask"]
             return whole(*rest, **named)
 
-        model.model.forward = forward
+        model.body.forward = forward
         hear(model, noise(8_000, 16_000), ["A", "A"])
     assert seen["group"] is None
     assert seen["layer"].sum(1).tolist() == [8_000, 16_000]
 
 
-@pytest.mark.parametrize("kind", ["group", "layer", "whisper"])
+def says(folder: Path, **values: Any) -> None:
+    from transformers import Wav2Vec2FeatureExtractor
+
+    Wav2Vec2FeatureExtractor(**values).save_pretrained(folder)
+
+
+def test_a_checkpoint_says_how_it_listens(sources: dict[str, Path], tmp_path: Path) -> None:
+    """By its preprocessor, or else by its architecture; and a recipe that contradicts a layer-norm model is refused."""
+    heard = {kind: made(wav2vec2(sources[kind])) for kind in ("group", "layer")}
+    assert {kind: (m.normalize, m.masked) for kind, m in heard.items()} == {
+        "group": (False, False),
+        "layer": (True, True),
+    }
+    with pytest.raises(UsageError, match=r"normalize is false, and .* was pretrained on each utterance normalized"):
+        made(wav2vec2(sources["layer"], normalize=False))
+    for kind in ("group", "layer"):
+        shutil.copytree(sources[kind], tmp_path / kind)
+    says(tmp_path / "group", do_normalize=True, return_attention_mask=False)
+    says(tmp_path / "layer", do_normalize=False, return_attention_mask=True)
+    assert made(wav2vec2(tmp_path / "group")).normalize and not made(wav2vec2(tmp_path / "layer")).normalize
+    assert not made(wav2vec2(tmp_path / "group", normalize=False)).normalize
+    with pytest.raises(UsageError, match="was pretrained on the waveform as it is"):
+        made(wav2vec2(tmp_path / "layer", normalize=True))
+    says(tmp_path / "layer", sampling_rate=8_000)
+    with pytest.raises(DataError, match="hears 8000 Hz"):
+        made(wav2vec2(tmp_path / "layer"))
+
+
+def test_a_group_norm_model_hears_the_same_normalized_or_not(sources: dict[str, Path]) -> None:
+    """Its first convolution's norm, over time, takes scale and offset out: so the recipe may say either."""
+    losses = []
+    for normalize in (False, True):
+        model = made(wav2vec2(sources["group"], normalize=normalize)).eval()
+        losses.append(hear(model, [w + 0.05 for w in noise(16_000)], ["HELLO"])[0][0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_masks_that_the_batch_brings(sources: dict[str, Path]) -> None:
+    """They alone are laid over it; and where they mask nothing, their vector has a gradient all the same."""
+    model = made(wav2vec2(sources["layer"], activation_dropout=0)).train()
+    batch = model.collate(noise(16_000, 9_000), ["HELLO", "A"])
+    frames, width = 200, model.model.config.hidden_size
+    none = {"mask_time": torch.zeros(2, frames, dtype=torch.bool), "mask_channels": torch.zeros(2, width).bool()}
+    unmasked = model({**batch, **none})[0]
+    unmasked.sum().backward()
+    assert model.body.masked_spec_embed.grad is not None
+    with torch.no_grad():
+        assert unmasked.tolist() == pytest.approx(model.eval()(batch)[0].tolist(), rel=1e-5)
+        model.train()
+        assert model({**batch, **none})[0].tolist() == pytest.approx(unmasked.tolist(), rel=1e-5)
+        some = {**none, "mask_time": torch.arange(frames).expand(2, -1) < 40}
+        masked = model({**batch, **some})[0]
+        assert masked.tolist() == model({**batch, **some})[0].tolist() != unmasked.tolist()
+        model.body.masked_spec_embed.add_(1)
+        assert model({**batch, **some})[0].tolist() != masked.tolist()
+
+
+def test_no_code_of_a_checkpoint_runs(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(sources["group"], folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: pass\n")
+    named = dict.fromkeys(("AutoConfig", "AutoModelForCTC", "AutoModel"), "evil.Model")
+    change(folder / "config.json", auto_map=named)
+    made(wav2vec2(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_statistics_of_each_rank_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A HuBERT with batch norm in its positional convolution: each rank would gather statistics of its own."""
+    shutil.copytree(sources["group"], tmp_path / "source")
+    change(tmp_path / "source" / "config.json", model_type="hubert", conv_pos_batch_norm=True)
+    with pytest.raises(DataError, match="batch norm in its positional convolution"):
+        made(wav2vec2(tmp_path / "source", kind="hubert"))
+
+
+def test_a_head_is_kept_where_its_classes_are_the_same(tmp_path: Path) -> None:
+    """Of as many classes of another vocabulary it would be another's."""
+    from launcher.worker.vocabulary import LETTERS, Characters
+
+    source = make_wav2vec2(tmp_path / "source", head=True)
+    bias = torch.arange(32.0)
+    first = made(wav2vec2(source))
+    first.model.lm_head.bias.data.copy_(bias)
+    first.export(tmp_path / "export")
+    assert torch.equal(made(wav2vec2(tmp_path / "export")).model.lm_head.bias.data, bias)
+    shuffled = Characters((*LETTERS[:5], *sorted(LETTERS[5:])), "keep")
+    value = wav2vec2(tmp_path / "export", vocabulary={"kind": "characters"})
+    other: Any = build(value, seed=1, vocabulary=shuffled)
+    assert len(other.model.lm_head.bias) == 32 and not other.model.lm_head.bias.data.any()
+
+
+@pytest.mark.parametrize("kind", ["group", "layer", "whisper", "wavlm", "whisper-ctc"])
 def test_bf16_casts_its_inputs_and_keeps_the_loss_in_fp32(sources: dict[str, Path], kind: str) -> None:
     model = made(backbone(sources, kind)).eval()
     waveforms, texts = noise(16_000, 9_000), ["HELLO", "A B"]
@@ -175,11 +278,13 @@ def test_bf16_casts_its_inputs_and_keeps_the_loss_in_fp32(sources: dict[str, Pat
     model.train()(model.collate(waveforms, texts))[0].sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["group", "layer", "whisper"])
+@pytest.mark.parametrize("kind", ["group", "layer", "whisper", "hubert", "wavlm", "whisper-ctc"])
 def test_gradient_reaches_everything_that_is_trained(sources: dict[str, Path], kind: str) -> None:
     """Whatever is trained must get a gradient at every step: plain data parallel waits for it."""
     plain = {"mask_time_prob": 0.0, "mask_channel_prob": 0.0}
-    for value in [backbone(sources, kind)] + [wav2vec2(sources[kind], **plain)] * (kind != "whisper"):
+    for value in [backbone(sources, kind)] + [backbone(sources, kind).model_copy(update=plain)] * (
+        not kind.startswith("whisper")
+    ):
         model = made(value).train()
         model(model.collate(noise(16_000, 9_000), ["HELLO", "A B"]))[0].sum().backward()
         assert [name for name, p in model.trained() if p.grad is None] == []
@@ -486,33 +591,6 @@ RUNS = {
 }
 
 
-def prepared(root: Path, name: str, value: schema.Backbone, stage: int, precision: str) -> Attempt:
-    """A run directory as `launch` leaves it, for 5 steps with an evaluation before and after them."""
-    seconds = 60 if isinstance(value, schema.Whisper) else 4
-    recipe = schema.Recipe.model_validate(
-        {
-            "name": name,
-            "run_dir": root / name,
-            "data": {"corpus": root, "packs": root / "packs", "train": ["train-clean-100"]},
-            "backbone": value.model_dump(),
-            "zero_stage": stage,
-            "precision": precision,
-            "max_steps": 5,
-            "batch": {"step_seconds": 2 * seconds, "max_rank_seconds": seconds / 2},
-            "optimizer": {"learning_rate": 1e-3},
-            "evaluate": {"subsets": ["dev-clean"], "at_start": True, "batch_seconds": seconds / 2},
-            "checkpoint": {"every_steps": 5},
-        }
-    )
-    run = Run(recipe.run_path)
-    for folder in (run.root, run.checkpoints, run.stop_request.parent):
-        folder.mkdir()
-    each = accumulation(recipe.batch.step_seconds, recipe.batch.max_rank_seconds, 2)
-    rundir.write_bytes(run.resolved, recipe_file.dump(recipe).encode())
-    rundir.write_json(run.deepspeed, plan.deepspeed_config(recipe, each, 10**6))
-    return run.new_attempt()
-
-
 def heard(run: Run, step: int) -> list[str]:
     return [row["text"] for row in read_lines(run.hypotheses(step))]
 
@@ -535,23 +613,7 @@ def test_backbones_under_zero_on_two_ranks(
         prepared(tmp_path, name, backbone(sources, kind), stage, precision)
         for name, (kind, stage, precision) in RUNS.items()
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=static"]
-    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    script = Path(__file__).with_name("stages.py")
-    command = [*torchrun, str(script), *(str(a.root) for a in attempts)]
-    env = {**os.environ, **environment.base_variables(2), "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        said, _ = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            for left in psutil.Process(process.pid).children(recursive=True):
-                left.kill()  # ranks that hang have sessions of their own
-            process.kill()
-    assert process.returncode == 0, said.decode()[-6000:]
+    trained_together(Path(__file__).with_name("stages.py"), attempts, tmp_path)
     runs = {name: Run(tmp_path / name) for name in RUNS}
     losses = {name: [m["loss"] for m in read_lines(run.attempts()[0].metrics)] for name, run in runs.items()}
     for name, run in runs.items():

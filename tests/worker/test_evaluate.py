@@ -12,10 +12,11 @@ import torch
 
 from launcher import recipe as schema
 from launcher.rundir import read_json, read_lines
-from launcher.worker.backbone import TinyCtcModel
 from launcher.worker.evaluate import Evaluator, Moment, is_due, normalizer, score
 from launcher.worker.pack import write_pack
 from launcher.worker.ranks import Ranks
+from launcher.worker.tiny_ctc import TinyCtcModel
+from launcher.worker.vocabulary import Letters
 
 T = TypeVar("T")
 
@@ -149,7 +150,7 @@ def evaluator(tiny_corpus: Path, packs: Path, ranks: Ranks, **cadence: Any) -> E
             write_pack(tiny_corpus, subset, recipe.pack(subset), 2**20, 1, lambda _: None)
     assert isinstance(recipe.backbone, schema.TinyCtc)
     torch.manual_seed(1)
-    return Evaluator(recipe, TinyCtcModel(recipe.backbone).eval(), ranks)
+    return Evaluator(recipe, TinyCtcModel(recipe.backbone, Letters()).eval(), ranks)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
