@@ -26,6 +26,7 @@ ORDER = (
     "located_yaml",
     "nodelist",
     "recipe_values",
+    "recipe_feed",
     "recipe_launch",
     "recipe",
     "recipe_file",
@@ -33,6 +34,7 @@ ORDER = (
     "secret",
     "rundir",
     "lock",
+    "shard_folder",
     "staging",
     "sealed",
     "retention",
@@ -108,6 +110,7 @@ CONTRACT = {
         "retention",
         "rundir",
         "sealed",
+        "shard_folder",
         "staging",
     )
 }

@@ -49,7 +49,8 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
         run=str(run.root),
         interpreter=sys.executable,
         pythonpath=os.environ.get("PYTHONPATH", ""),
-        packs=tuple(os.path.abspath(recipe.pack(s)) for s in recipe.subsets),
+        # Of packs that are elsewhere only small files are here, and nobody is asked for more.
+        packs=tuple(os.path.abspath(recipe.pack(s)) for s in recipe.subsets if recipe.data.remote is None),
         source=source,
         revision=None if isinstance(backbone, TinyCtc) else backbone.revision,
         hub=os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None),
