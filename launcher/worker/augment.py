@@ -77,7 +77,8 @@ def span_mask(dice: np.random.Generator, length: int, prob: float, span: int, mi
     """
     mask = np.zeros(length, dtype=bool)
     spans = max(int(prob * length / span + dice.random()), min_spans if prob > 0 else 0)
-    span = min(span, max(length - 1, 0))
+    if length <= span:
+        span, spans = max(length - 1, 0), min(spans, 1)
     starts = length - span + 1
     spans = min(spans, starts, length // span if span else 0)
     if spans > 0:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from launcher import recipe as schema
 from launcher.errors import DataError, UsageError
-from launcher.worker import shims, vocabulary
+from launcher.worker import masking, shims, vocabulary
 from launcher.worker.data import Tensors, Waveform, pad
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.tiny_ctc import TinyCtc
@@ -130,11 +130,18 @@ class TinyCtcModel(CtcModel):
             hidden=backbone.hidden,
             layers=backbone.layers,
             dropout=backbone.dropout,
-            spec_augment=backbone.spec_augment,
         )
 
     def logits(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], self.model(tensors["inputs"], tensors["lengths"]))
+        spans = (tensors[masking.TIME_SPAN], tensors[masking.BAND_SPAN]) if masking.TIME_SPAN in tensors else None
+        return cast(tuple[Tensor, Tensor], self.model(tensors["inputs"], tensors["lengths"], spans))
+
+    def augment(self, tensors: Tensors, dice: Sequence[np.random.Generator]) -> Tensors:
+        assert isinstance(self.backbone, schema.TinyCtc)
+        if not self.backbone.spec_augment:
+            return tensors
+        frames = TinyCtc.mel_frames(tensors["lengths"].numpy()).tolist()
+        return {**tensors, **masking.spec_spans(dice, frames, TinyCtc.BANDS, widest_time=25, widest_band=15)}
 
     def frames(self, n_samples: IntArray) -> IntArray:
         return TinyCtc.frames(n_samples)
@@ -216,7 +223,22 @@ class Wav2Vec2Model(CtcModel):
             mask = (torch.arange(inputs.shape[1], device=inputs.device) < heard[:, None]).long()
         inputs = inputs.to(next(self.model.parameters()).dtype)
         frames = self.model._get_feat_extract_output_lengths(lengths).clamp(min=0)
-        return self.model(inputs, attention_mask=mask).logits, cast(Tensor, frames)
+        with masking.masked_by(self.model.wav2vec2, tensors):
+            return self.model(inputs, attention_mask=mask).logits, cast(Tensor, frames)
+
+    def augment(self, tensors: Tensors, dice: Sequence[np.random.Generator]) -> Tensors:
+        """Spans of frames and of channels, by the recipe's shares: `masking.FRAMES` and `masking.CHANNELS`."""
+        assert isinstance(self.backbone, schema.Wav2Vec2)
+        width = self.frames(np.array([max(tensors["inputs"].shape[1], self.receptive_field)]))[0]
+        masks = masking.wav2vec2_masks(
+            dice,
+            self.frames(tensors["lengths"].numpy()).tolist(),
+            int(width),
+            self.model.config.hidden_size,
+            time=(self.backbone.mask_time_prob, self.backbone.mask_time_length),
+            channel=(self.backbone.mask_channel_prob, self.backbone.mask_channel_length),
+        )
+        return {**tensors, **masks}
 
     def frames(self, n_samples: IntArray) -> IntArray:
         lengths = self.model._get_feat_extract_output_lengths(torch.from_numpy(n_samples)).clamp(min=0)
@@ -224,7 +246,7 @@ class Wav2Vec2Model(CtcModel):
 
     def feasible(self, lengths: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         assert isinstance(self.backbone, schema.Wav2Vec2)
-        # transformers refuses to lay a mask over a batch that is shorter than one span of it.
+        # One shorter than a span would be masked nearly whole.
         span = self.backbone.mask_time_length if self.backbone.mask_time_prob > 0 else 0
         long_enough = self.frames(lengths["n_samples"].astype(np.int64)) >= span
         return super().feasible(lengths) & long_enough
@@ -251,7 +273,6 @@ class WhisperModel(SpeechModel):
         super().__init__()
         self.backbone = backbone
         shims.apply()
-        import torchaudio
         from transformers import (
             WhisperConfig,
             WhisperFeatureExtractor,
@@ -279,10 +300,6 @@ class WhisperModel(SpeechModel):
         multilingual = bool(getattr(self.model.generation_config, "is_multilingual", False))
         self.language = {"language": "english", "task": "transcribe"} if multilingual else {}
         self.tokenizer = WhisperTokenizerFast.from_pretrained(**source, **self.language)
-        self.spec_augment = nn.Sequential(
-            torchaudio.transforms.FrequencyMasking(27, iid_masks=True),
-            torchaudio.transforms.TimeMasking(100, iid_masks=True),
-        )
 
     def collate(self, waveforms: Sequence[Waveform], texts: Sequence[str]) -> Tensors:
         features = self.extractor(list(waveforms), sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features
@@ -293,12 +310,21 @@ class WhisperModel(SpeechModel):
         labels = [torch.tensor(row[1:] if row[0] == start else row)[:limit] for row in rows]
         return {"inputs": features, "labels": nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)}
 
+    def augment(self, tensors: Tensors, dice: Sequence[np.random.Generator]) -> Tensors:
+        """SpecAugment, laid over the features themselves: they are made here, not in the model."""
+        assert isinstance(self.backbone, schema.Whisper)
+        if not self.backbone.spec_augment:
+            return tensors
+        features = tensors["inputs"]
+        spans = masking.spec_spans(
+            dice, [features.shape[2]] * len(features), features.shape[1], widest_time=100, widest_band=27
+        )
+        return {**tensors, "inputs": masking.hidden_by(features, spans[masking.TIME_SPAN], spans[masking.BAND_SPAN])}
+
     def forward(self, tensors: Tensors, transcribe: bool = False, in_step: bool = False) -> tuple[Tensor, list[str]]:
         assert isinstance(self.backbone, schema.Whisper)
         inputs, labels = tensors["inputs"], tensors["labels"]
         inputs = inputs.to(self.model.get_input_embeddings().weight.dtype)
-        if self.training and self.backbone.spec_augment:
-            inputs = self.spec_augment(inputs)
         # The encoder takes nearly all of the time, so loss and transcript share it.
         heard = self.model.get_encoder()(inputs)
         logits = self.model(encoder_outputs=heard, labels=labels).logits.float()
