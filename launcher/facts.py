@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def _digest(recipe: Recipe, world_size: int) -> str | None:
             return None  # the hub may have another one tomorrow
     try:
         # Sizes and the manifest's own digest; every file is hashed by `pack`, and by nobody at a launch.
-        packs = [rundir.verify(recipe.pack(s), slice(0, 0))["digest"] for s in recipe.subsets]
+        # Of packs whose shards are elsewhere, only small files are here.
+        manifest = rundir.manifest_of if recipe.data.remote else partial(rundir.verify, share=slice(0, 0))
+        packs = [manifest(recipe.pack(s))["digest"] for s in recipe.subsets]
         code = [rundir.digest_file(p) for p in sorted((Path(__file__).parent / "worker").glob("*.py"))]
     except (SpeechctlError, OSError):
         return None  # the worker says why
@@ -66,6 +69,7 @@ def _digest(recipe: Recipe, world_size: int) -> str | None:
             "model": model,
             "data": recipe.data.model_dump(mode="json"),
             "batch": recipe.batch.model_dump(mode="json"),
+            "augment": recipe.augment.model_dump(mode="json"),
             "evaluate": recipe.evaluate.model_dump(mode="json"),
             "seed": recipe.seed,
             "world_size": world_size,

@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from launcher import environment, ownership, redact, rundir, secret
+from launcher import environment, ownership, redact, rundir, secret, shard_folder
 from launcher.errors import HostError, SpeechctlError
 from launcher.hosts import Host
 from launcher.rundir import Attempt
@@ -161,6 +161,7 @@ class Node:
         variables = environment.on_node(self.env["variables"], self.host, self.env["device"]) | self.vitals.variables
         interface = interface_to(meeting["address"])
         self.record |= {"address": meeting["address"], "interface": interface}
+        variables[shard_folder.VARIABLE] = str(shard_folder.record(self.attempt, self.node_rank))
         variables["PET_RDZV_ID"] = meeting["id"]  # torchrun's --rdzv-id: all users of a machine see a command line
         if interface is not None:  # gloo would otherwise take what the host's own name resolves to
             variables.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -204,6 +205,7 @@ class Node:
             self._write_record(returncode=1)
             return 1
         self._write_record(returncode=None)
+        shard_folder.remove_older(self.attempt)
         torchrun = subprocess.Popen(
             argv,
             env=variables,
@@ -217,6 +219,7 @@ class Node:
             os.close(self.listening)  # with torchrun it is gone
         returncode = self._watch(torchrun)
         kill_family()  # whatever outlived torchrun
+        shard_folder.remove(shard_folder.record(self.attempt, self.node_rank))
         redact.finish_output()
         self.record["memory"] = self.vitals.memory_facts()
         self._write_record(returncode)

@@ -50,6 +50,8 @@ class Plan:
     deepspeed: dict[str, Any] | None
     notes: list[str] = field(default_factory=list)
     """What a person should know before saying yes."""
+    padded_lengths: int | None = None
+    """How many different lengths batches are padded to; None: an older plan."""
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "hosts": [h.to_json() for h in self.hosts]}
@@ -100,6 +102,7 @@ def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Pla
         commands=[*asked, *(start(attempt, k, host) for k, host in enumerate(hosts))],
         deepspeed=None if recipe.zero_stage == "off" else deepspeed_config(recipe, accumulation, trained),
         notes=notes_on_job(recipe) if recipe.launch.backend == "slurm" else [],
+        padded_lengths=facts.get("padded_lengths"),
     )
 
 

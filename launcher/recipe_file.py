@@ -67,6 +67,8 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
     base = base.absolute()
     data = {"corpus": base / recipe.data.corpus, "packs": base / recipe.data.packs}
     update: dict[str, Any] = {"run_dir": base / recipe.run_path, "data": recipe.data.model_copy(update=data)}
+    if recipe.feed.cache is not None:
+        update["feed"] = recipe.feed.model_copy(update={"cache": base / recipe.feed.cache})
     if recipe.launch.hostfile is not None:
         update["launch"] = recipe.launch.model_copy(update={"hostfile": base / recipe.launch.hostfile})
     source = getattr(recipe.backbone, "source", None)

@@ -27,6 +27,7 @@ def plan(value: Plan, saving: Cadence) -> None:
     ranks = f"{value.world_size} on {machines(value)}"
     stage = "off (Accelerate)" if value.deepspeed is None else str(value.deepspeed["zero_optimization"]["stage"])
     left_out = "".join(f"; left out: {count} {reason}" for reason, count in value.left_out.items())
+    lengths = "" if value.padded_lengths is None else f"; {ui.counted(value.padded_lengths, 'padded length')}"
     ui.grid(
         [
             ("run", f"{value.name} in {value.run_dir}"),
@@ -38,7 +39,7 @@ def plan(value: Plan, saving: Cadence) -> None:
             ),
             ("steps", f"{value.max_steps} = {value.epochs:.2f} epochs of {value.steps_per_epoch}"),
             ("training", f"{value.utterances} utterances, {value.audio_hours:.2f} h{left_out}"),
-            ("padding", f"{value.padding:.1%}; straggler factor {value.straggler:.3f}"),
+            ("padding", f"{value.padding:.1%}; straggler factor {value.straggler:.3f}{lengths}"),
             ("evaluation", f"{value.evaluation_utterances} utterances"),
             ("model", f"{value.parameters:,} parameters, {value.trained_parameters:,} trained"),
             ("memory", f"{in_bytes(value.state_bytes_per_rank)} of model states a rank, activations on top"),

@@ -28,6 +28,7 @@ ORDER = (
     "bundle_cache",
     "recipe_values",
     "recipe_backbone",
+    "recipe_feed",
     "recipe_launch",
     "recipe",
     "recipe_file",
@@ -36,6 +37,7 @@ ORDER = (
     "rundir",
     "lock",
     "lines",
+    "shard_folder",
     "staging",
     "sealed",
     "retention",
@@ -114,6 +116,7 @@ CONTRACT = {
         "retention",
         "rundir",
         "sealed",
+        "shard_folder",
         "staging",
     )
 }

@@ -42,6 +42,7 @@ def facts(accumulation: int) -> dict[str, Any]:
         "steps_per_epoch": 228,
         "padding": 0.0125,
         "straggler": 1.004,
+        "padded_lengths": 80,
         "evaluation_utterances": 2864,
         "packs": "0" * 32,
     }

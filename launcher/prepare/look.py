@@ -52,7 +52,8 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
         run=str(run.root),
         interpreter=sys.executable,
         pythonpath=os.environ.get("PYTHONPATH", ""),
-        packs=tuple(os.path.abspath(recipe.pack(s)) for s in recipe.subsets),
+        # Of packs that are elsewhere only small files are here, and nobody is asked for more.
+        packs=tuple(os.path.abspath(recipe.pack(s)) for s in recipe.subsets if recipe.data.remote is None),
         source=source,
         bundle=bundle,
         revision=None if isinstance(backbone, TinyCtc) else backbone.revision,

@@ -53,6 +53,15 @@ class SpeechModel(nn.Module, ABC):
     def collate(self, waveforms: Sequence[Waveform], texts: Sequence[str]) -> Tensors:
         """Inputs and labels of one micro-batch, on the CPU. Called in a thread; touches no parameter."""
 
+    def augment(self, tensors: Tensors, dice: Sequence[np.random.Generator]) -> Tensors:
+        """A collated micro-batch with what training is to hide of it.
+
+        Args:
+            dice: one for each utterance, the same whenever and wherever an epoch reads it. Called in a thread; nothing
+                else may decide what is hidden, and touches no parameter.
+        """
+        return tensors
+
     @abstractmethod
     def forward(self, tensors: Tensors, transcribe: bool = False, in_step: bool = False) -> tuple[Tensor, list[str]]:
         """Loss of each utterance, shape (batch,), and where `transcribe` is set the greedy transcripts.

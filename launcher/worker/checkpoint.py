@@ -84,7 +84,8 @@ class Identity:
             "backbone": "the model changed; start a new run for another model",
             "packs": "the packs changed; start a new run on other data",
             "evaluation": "the packs to evaluate on changed, and its WER cannot be compared; start a new run on others",
-            "order": "the seed, batch.step_seconds or the limits of data changed; start a new run for other values",
+            "order": "the seed, data, augment, or what batch says of lengths changed, or another version of speechctl"
+            " began this run; go on with what it was begun with, or start a new run",
         }
         for name, hint in hints.items():
             mine, its = getattr(self, name), manifest["identity"][name]

@@ -121,7 +121,7 @@ class Evaluator:
         self.cadence = recipe.evaluate
         self.model = model
         self.ranks = ranks
-        self.utterances = Utterances([recipe.pack(s) for s in recipe.evaluate.subsets])
+        self.utterances = Utterances.of(recipe, recipe.evaluate.subsets)
         check_letters(model, self.utterances)
         self.normalize = normalizer(recipe.evaluate.normalizer)
         padded = model.padded_samples(self.utterances.lengths["n_samples"].astype("int64"))

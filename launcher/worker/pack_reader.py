@@ -9,7 +9,10 @@ Importing this file and opening a pack are cheap: streaming, which takes long to
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import struct
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate
@@ -20,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import DataError
-from launcher.rundir import MANIFEST, digest_file, read_json, verify
+from launcher.rundir import MANIFEST, damage, manifest_of, read_json, sync_dir, sync_file, verify
+from launcher.worker.shard_cache import ShardCache, fetch
 
 FORMAT = "speechctl.pack/1"
 COLUMNS = {
@@ -51,8 +55,9 @@ class Pack:
     of threads may call `sample`.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], cache: ShardCache | None = None) -> None:
         self._shards = _shards(path, manifest)
+        self._cache = cache
         self.path = path
         self.manifest = manifest
         self.lengths = _mapped_lengths(path, manifest)
@@ -67,7 +72,8 @@ class Pack:
         shims.apply()
         from streaming.base.format import reader_from_json
 
-        return [reader_from_json(str(self.path), None, shard) for shard in self._shards]
+        folder = self.path if self._cache is None else self._cache.folder
+        return [reader_from_json(str(folder), None, shard) for shard in self._shards]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -77,23 +83,88 @@ class Pack:
 
         Raises:
             IndexError: there is no such position.
+            DataError: its shard is not there, or not what was sealed.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path} has {len(self)} utterances, position {i} is not among them")
         shard = bisect_right(self._starts, i) - 1
-        return dict(self._readers[shard].get_item(i - self._starts[shard]))
+        if self._cache is not None:
+            self._cache.need(self.shard_of(i))
+        try:
+            return dict(self._readers[shard].get_item(i - self._starts[shard]))
+        except (OSError, LookupError, ValueError, struct.error) as error:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise
+            raise self.damaged(i, f"{type(error).__name__}: {error}") from error
+
+    def shard_of(self, i: int) -> str:
+        """The file name of the shard that has the utterance at position `i`."""
+        return str(self._shards[bisect_right(self._starts, i) - 1]["raw_data"]["basename"])
+
+    @property
+    def shards(self) -> list[str]:
+        """The file names of all shards."""
+        return [str(shard["raw_data"]["basename"]) for shard in self._shards]
+
+    def damaged(self, i: int, what: str) -> DataError:
+        """Of the utterance at position `i`: `what` is wrong with it. Says what became of its shard, which is read."""
+        shard = self.shard_of(i)
+        found = (self.path if self._cache is None else self._cache.folder) / shard
+        why = damage(found, self.manifest["files"][shard]) or f"{found} is as it was sealed"
+        return DataError(f"utterance {i} of {self.path}, in shard {shard}: {what}; {why}", hint=_again(self.path))
+
+    def check(self, shard: str) -> None:
+        """Read and hash one shard. One that was fetched has been checked before it was used.
+
+        Raises:
+            DataError: it is not what was sealed.
+        """
+        if self._cache is None and (why := damage(self.path / shard, self.manifest["files"][shard])):
+            raise DataError(f"shard {shard} of {self.path} was damaged: {why}", hint=_again(self.path))
 
 
-def open_pack(path: Path, *, check: bool = False) -> Pack:
+def open_pack(path: Path, *, check: bool = False, remote: str | None = None, cache: Path | None = None) -> Pack:
     """Open a sealed pack. The manifest, the side files and the size of every shard are checked each time.
 
     Args:
         check: also read and hash every shard.
+        remote: where its shards are, where they are not at `path`: an absolute path, or a URL.
+        cache: with `remote`, where the shards of this process go as it needs them.
 
     Raises:
         DataError: there is no pack, or it is not what was sealed.
     """
-    return Pack(path, checked_manifest(path, check))
+    manifest = checked_manifest(path, check, shards=remote is None)
+    if remote is None:
+        return Pack(path, manifest)
+    assert cache is not None
+    return Pack(path, manifest, ShardCache(remote, cache / path.name, manifest["files"]))
+
+
+def bring(remote: str, path: Path) -> dict[str, Any]:
+    """Have at `path` all of a sealed pack but its shards, which stay where they are. Returns its manifest.
+
+    Raises:
+        DataError: there is none, it is not what was sealed, or another one is at `path` already.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        for name in (MANIFEST, *SIDE_FILES):
+            fetch(f"{remote}/{name}", aside / name)
+        manifest = checked_manifest(aside, shards=False)
+        if not path.exists():
+            for name in (MANIFEST, *SIDE_FILES):
+                sync_file(aside / name)
+            aside.rename(path)
+            sync_dir(path.parent)
+        elif manifest_of(path) != manifest:
+            raise DataError(
+                f"{path} is another pack than {remote}", hint=f"remove {path}, or set data.packs to another"
+            )
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return manifest
 
 
 def lengths_of(path: Path) -> npt.NDArray[np.void]:
@@ -106,14 +177,18 @@ def lengths_of(path: Path) -> npt.NDArray[np.void]:
     return _mapped_lengths(path, checked_manifest(path))
 
 
-def checked_manifest(path: Path, check: bool = False) -> dict[str, Any]:
-    """The manifest of a pack whose files are all there with their sizes, and whose side files have their hashes."""
+def checked_manifest(path: Path, check: bool = False, *, shards: bool = True) -> dict[str, Any]:
+    """The manifest of a pack whose files are all there with their sizes, and whose side files have their hashes.
+
+    Args:
+        shards: they are to be there, too.
+    """
     if not (path / MANIFEST).exists():
         what = "is there but was never sealed" if path.is_dir() else "does not exist"
         raise DataError(f"the pack {path} {what}", hint=f"{MAKE} to make it")
     try:
         # An empty slice of files to hash: names and sizes only.
-        manifest = verify(path, slice(None) if check else slice(0, 0))
+        manifest = verify(path, slice(None) if check else slice(0, 0)) if shards else manifest_of(path)
     except DataError as error:
         raise DataError(error.message, hint=_again(path)) from error
     if manifest.get("format") != FORMAT or manifest.get("columns") != COLUMNS:
@@ -123,7 +198,7 @@ def checked_manifest(path: Path, check: bool = False) -> dict[str, Any]:
             hint="another version of speechctl made it; " + _again(path),
         )
     for name in SIDE_FILES:
-        if name not in manifest["files"] or manifest["files"][name] != digest_file(path / name):
+        if name not in manifest["files"] or damage(path / name, manifest["files"][name]):
             raise DataError(f"{path / name} has changed since it was sealed (xxh3-128 differs)", hint=_again(path))
     return manifest
 

@@ -7,6 +7,7 @@ that ZeRO-3 gathers the same parameters in the same order on every rank. The let
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
@@ -18,15 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from launcher import recipe as schema
-from launcher.worker import shims
+from launcher.worker import masking, shims
 from launcher.worker.backbone import CtcModel, IntArray, layer_parts
 from launcher.worker.data import Tensors
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
+from launcher.worker.masking import hidden_by
 from launcher.worker.vocabulary import Vocabulary
 
 shims.apply()
 
-from torchaudio.transforms import FrequencyMasking, MelSpectrogram, TimeMasking  # noqa: E402  (after the shims)
+from torchaudio.transforms import MelSpectrogram  # noqa: E402  (after the shims)
 
 _WINDOW = 400  # samples: 25 ms
 _HOP = 160  # samples: 10 ms
@@ -47,11 +49,18 @@ class TinyCtcModel(CtcModel):
             hidden=backbone.hidden,
             layers=backbone.layers,
             dropout=backbone.dropout,
-            spec_augment=backbone.spec_augment,
         )
 
     def logits(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], self.model(tensors["inputs"], tensors["lengths"]))
+        spans = (tensors[masking.TIME_SPAN], tensors[masking.BAND_SPAN]) if masking.TIME_SPAN in tensors else None
+        return cast(tuple[Tensor, Tensor], self.model(tensors["inputs"], tensors["lengths"], spans))
+
+    def augment(self, tensors: Tensors, dice: Sequence[np.random.Generator]) -> Tensors:
+        assert isinstance(self.backbone, schema.TinyCtc)
+        if not self.backbone.spec_augment:
+            return tensors
+        frames = TinyCtc.mel_frames(tensors["lengths"].numpy()).tolist()
+        return {**tensors, **masking.spec_spans(dice, frames, TinyCtc.BANDS, widest_time=25, widest_band=15)}
 
     def frames(self, n_samples: IntArray) -> IntArray:
         return TinyCtc.frames(n_samples)
@@ -80,27 +89,31 @@ class TinyCtcModel(CtcModel):
 class TinyCtc(nn.Module):
     """(B, T) samples to (B, F, V) logits of one letter each 40 ms."""
 
-    def __init__(self, *, vocabulary_size: int, hidden: int, layers: int, dropout: float, spec_augment: bool) -> None:
+    BANDS = _MELS
+
+    def __init__(self, *, vocabulary_size: int, hidden: int, layers: int, dropout: float) -> None:
         super().__init__()
-        self.spec_augment = spec_augment
         self.subsample1 = _CastingConv1d(_MELS, hidden, _KERNEL, stride=2, padding=_KERNEL // 2)
         self.subsample2 = nn.Conv1d(hidden, hidden, _KERNEL, stride=2, padding=_KERNEL // 2)
         self.blocks = nn.ModuleList(_Block(hidden, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, vocabulary_size)
 
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor, spans: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits (B, F, V) in the parameters' type, and how many of each utterance's F frames are its own (B,).
 
         Args:
             waveforms: (B, T) 16 kHz, zero after each utterance's length. Never computed on in less than fp32.
             lengths: (B,) int64, in samples.
+            spans: of 10 ms frames and of mel bands, (B, 2) each: in training set to the utterance's mean.
         """
         mels = _mel_frames(lengths)
         with torch.no_grad(), torch.autocast(waveforms.device.type, enabled=False):
             features = _log_mel(waveforms.float(), mels)
-            if self.spec_augment and self.training:
-                features = _mask_spans(features)
+            if spans is not None and self.training:
+                features = hidden_by(features, *spans)
         # A convolution looks over the end of an utterance: what it sees there must be zero, as at the batch's end.
         halves, frames = _halve(mels), _halve(_halve(mels))
         x = F.gelu(self.subsample1(features)) * _inside(halves, _halve(features.shape[2]))[:, None, :]
@@ -115,6 +128,11 @@ class TinyCtc(nn.Module):
     def frames(n_samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many of `forward`'s frames utterances of so many samples have; at least 1 each."""
         return _halve(_halve(_mel_frames(n_samples)))
+
+    @staticmethod
+    def mel_frames(n_samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many frames of its features they have."""
+        return _mel_frames(n_samples)
 
 
 class _CastingConv1d(nn.Conv1d):
@@ -182,13 +200,6 @@ def _log_mel(waveforms: Tensor, mels: Tensor) -> Tensor:
     deviation = (centred.square().sum(2, keepdim=True) / count).sqrt()
     normalized: Tensor = centred / (deviation + 1e-3)
     return normalized
-
-
-def _mask_spans(features: Tensor) -> Tensor:
-    """One span of time and one of bands of each utterance set to its mean; from torch's global generator."""
-    features = TimeMasking(time_mask_param=25, iid_masks=True)(features)
-    masked: Tensor = FrequencyMasking(freq_mask_param=15, iid_masks=True)(features)
-    return masked
 
 
 def _mel_frames(samples: _Lengths) -> _Lengths:

@@ -7,14 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.utils import set_seed
 
 from launcher import recipe_file, redact, rundir
 from launcher.committer import Outcome
-from launcher.errors import DataError, ExitCode, StorageError, TrainingError
+from launcher.errors import ExitCode, StorageError, TrainingError
 from launcher.lines import Lines
 from launcher.marks import mark
 from launcher.recipe import Recipe, TriStage
@@ -22,13 +24,14 @@ from launcher.rundir import Attempt
 from launcher.worker import vocabularies
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress
-from launcher.worker.data import Tensors, Utterances, ahead
+from launcher.worker.data import BackgroundCheck, Tensors, ahead, pad_to
 from launcher.worker.engine import AccelerateEngine, Engine
 from launcher.worker.evaluate import Evaluator, Moment, is_due
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.models import build
 from launcher.worker.ranks import Ranks, patience_s
-from launcher.worker.sampler import MicroBatch, Sampler, Step, accumulation, digest, utterances_in
+from launcher.worker.sampler import MicroBatch, Step, accumulation, digest, utterances_in
+from launcher.worker.training_set import TrainingSet
 
 
 def learning_rate(schedule: TriStage, peak: float, step: int, max_steps: int) -> float:
@@ -40,46 +43,6 @@ def learning_rate(schedule: TriStage, peak: float, step: int, max_steps: int) ->
         return peak
     decay = max_steps - warmup - hold
     return peak * math.exp(math.log(schedule.final_scale) * min(1.0, (step - warmup - hold) / decay))
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What the run trains on: the utterances of its packs that it can use."""
-
-    utterances: Utterances
-    usable: Any
-    """Positions in `utterances`, shape (usable,), int64."""
-    seconds: Any
-    """Padded seconds of each usable utterance, float64."""
-    left_out: dict[str, int]
-    """How many were left out, by reason."""
-
-    @staticmethod
-    def open(recipe: Recipe, model: SpeechModel) -> TrainingSet:
-        """
-        Raises:
-            DataError: no utterance is left.
-        """
-        utterances = Utterances([recipe.pack(s) for s in recipe.data.train])
-        lengths = utterances.lengths
-        lengths["ctc_frames"] = vocabularies.ctc_frames(recipe, lengths["ctc_frames"])
-        seconds = lengths["n_samples"] / SAMPLE_RATE_HZ
-        keep = seconds >= recipe.data.min_utterance
-        left_out = {"shorter than data.min_utterance": int((~keep).sum())}
-        for reason, mask in (
-            ("longer than data.max_utterance", seconds <= recipe.data.max_utterance),
-            ("not for this backbone (letters, or more of them than frames)", model.feasible(lengths)),
-        ):
-            left_out[reason] = int((keep & ~mask).sum())
-            keep = keep & mask
-        usable = keep.nonzero()[0].astype("int64")[: recipe.data.max_train_utterances]
-        if len(usable) == 0:
-            raise DataError(
-                f"no training utterance is left of {len(lengths)}: {left_out}",
-                hint="widen data.min_utterance and data.max_utterance, or look at the packs' stats.json",
-            )
-        padded = model.padded_samples(lengths["n_samples"][usable].astype("int64")) / SAMPLE_RATE_HZ
-        return TrainingSet(utterances, usable, padded, {k: v for k, v in left_out.items() if v})
 
 
 def engine_for(
@@ -132,8 +95,10 @@ class Training:
         # Every rank has dice of its own, for dropout and masks; weights and order come from the seed alone.
         set_seed(self.recipe.seed + ranks.rank)
         self.data = TrainingSet.open(self.recipe, model)
-        self.sampler = Sampler(self.data.seconds, step_seconds=batch.step_seconds, seed=self.recipe.seed)
+        self.sampler = self.data.sampler(self.recipe)
         self.evaluator = Evaluator(self.recipe, model, ranks)
+        packs = [*self.data.utterances.packs, *self.evaluator.utterances.packs]
+        self.check = BackgroundCheck(packs, slice(ranks.rank, None, ranks.world_size))
         identity = Identity(
             world_size=ranks.world_size,
             zero_stage=str(self.recipe.zero_stage),
@@ -242,7 +207,9 @@ class Training:
         self.ranks.agree("the order of utterances", digest(steps))
         of_epoch = done + len(steps)
         steps = steps[: recipe.max_steps - progress.step]
-        feed = ahead(self._load, [b for step in steps for b in step[self.ranks.rank :: self.ranks.world_size]])
+        mine = [b for step in steps for b in step[self.ranks.rank :: self.ranks.world_size]]
+        load = partial(self._load, progress.cursor.epoch)
+        feed = ahead(load, mine, depth=recipe.feed.ahead, threads=recipe.feed.threads)
         for step in steps:
             stop = self.one_step(step, feed)
             epochs_before = progress.cursor.epoch + (progress.cursor.steps - 1) / of_epoch
@@ -290,7 +257,7 @@ class Training:
         grad_norm = self.engine.step(rate)
         mark("agree")
         stop = self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request))
-        seconds = [self.sampler.padded(b.indices) for b in mine if not b.filler]
+        seconds = [b.padded_s for b in mine if not b.filler]
         mine_to_say = [float(total), float(stop), sum(seconds), float(self.checkpoints.done)]
         loss_sum, stops, padded, saved = self.ranks.sum(mine_to_say)
         progress.step += 1
@@ -307,9 +274,7 @@ class Training:
         if saved == self.ranks.world_size:
             self.settle(over=True)
         if self.ranks.rank == 0:
-            samples = self.data.utterances.lengths["n_samples"][
-                [int(self.data.usable[i]) for b in step if not b.filler for i in b.indices]
-            ]
+            items = np.concatenate([b.indices for b in step if not b.filler])
             metrics = {
                 "step": progress.step,
                 "epoch": epoch,
@@ -317,7 +282,7 @@ class Training:
                 "grad_norm": grad_norm,
                 "learning_rate": rate,
                 "utterances": count,
-                "audio_s": round(float(samples.sum()) / SAMPLE_RATE_HZ, 3),
+                "audio_s": round(self.data.audio_s(items, epoch), 3),
                 "padded_s": round(padded, 3),
                 "step_s": round(time.monotonic() - began, 4),
                 "time": round(time.time(), 3),
@@ -328,9 +293,14 @@ class Training:
                 self.tracker.log({f"train/{k}": metrics[k] for k in shown}, step=progress.step)
         return stops > 0
 
-    def _load(self, batch: MicroBatch) -> tuple[list[str], Tensors]:
-        examples = [self.data.utterances.example(int(self.data.usable[i])) for i in batch.indices]
-        tensors = self.engine.model.collate([e.waveform for e in examples], [e.text for e in examples])
+    def _load(self, epoch: int, batch: MicroBatch) -> tuple[list[str], Tensors]:
+        """In a thread of the feed, in any order: what is random follows from the epoch and the item alone."""
+        self.check.complain()
+        model, items = self.engine.model, batch.indices.tolist()
+        examples = [self.data.example(item, epoch) for item in items]
+        tensors = model.collate([e.waveform for e in examples], [e.text for e in examples])
+        tensors = pad_to(tensors, round(batch.seconds * SAMPLE_RATE_HZ))
+        tensors = model.augment(tensors, [self.data.dice(item, epoch) for item in items])
         return [e.utt_id for e in examples], tensors
 
     def evaluate(self) -> bool:

@@ -8,10 +8,9 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
-
 from launcher import recipe_file, rundir, staging
 from launcher.errors import DataError, UsageError
+from launcher.recipe import Recipe
 from launcher.rundir import Run
 
 
@@ -31,6 +30,8 @@ def pack(options: argparse.Namespace) -> int:
         say(f"making synthetic speech in {corpus}")
         wanted = recipe.data.synthesize
         synthesize(corpus, wanted.train_utterances, wanted.dev_utterances, seed=recipe.seed)
+    if recipe.data.remote is not None:
+        return bring(recipe, recipe.data.remote)
     new = not recipe.data.packs.exists()
     recipe.data.packs.mkdir(parents=True, exist_ok=True)
     answers = []
@@ -47,44 +48,59 @@ def pack(options: argparse.Namespace) -> int:
     return 0
 
 
+def bring(recipe: Recipe, remote: str) -> int:
+    """The small files of packs that are elsewhere."""
+    from launcher.worker import pack_reader
+
+    answers = []
+    for subset in recipe.subsets:
+        target = recipe.pack(subset)
+        manifest = pack_reader.bring(f"{remote.rstrip('/')}/{subset}", target)
+        say(f"{subset}: shards stay in {remote}")
+        stats = rundir.read_json(target / "stats.json")
+        answers.append({"subset": subset, "pack": str(target), "digest": manifest["digest"], **stats})
+    print(json.dumps(answers))
+    return 0
+
+
 def facts(options: argparse.Namespace) -> int:
     """What the plan needs and only torch or the packs can tell. No weights are loaded."""
     from launcher.worker import vocabularies
     from launcher.worker.data import Utterances
     from launcher.worker.evaluate import check_letters
-    from launcher.worker.librispeech import SAMPLE_RATE_HZ
     from launcher.worker.models import skeleton
-    from launcher.worker.sampler import Cursor, Sampler, accumulation
-    from launcher.worker.train import TrainingSet
+    from launcher.worker.sampler import Cursor, accumulation, summary
+    from launcher.worker.training_set import TrainingSet
 
     recipe = recipe_file.load(options.recipe)
     model = skeleton(recipe.backbone, vocabularies.of_recipe(recipe))
     data = TrainingSet.open(recipe, model)
     batch, world_size = recipe.batch, options.world_size
     each = accumulation(batch.step_seconds, batch.max_rank_seconds, world_size)
-    sampler = Sampler(data.seconds, step_seconds=batch.step_seconds, seed=recipe.seed)
     try:
-        steps = sampler.steps_left(Cursor(0, []), world_size, each)
+        steps = data.sampler(recipe).steps_left(Cursor(0, []), world_size, each)
     except ValueError as error:
         raise UsageError(
             f"the batch does not fit: {error}",
             hint="take fewer ranks; or, in a new run, raise batch.step_seconds and batch.max_rank_seconds, or lower"
             " data.max_utterance",
         ) from error
-    padded = np.array([[sampler.padded(b.indices) for b in step] for step in steps])
+    audio_s = data.audio_s(slice(None), epoch=0)
+    order = summary(steps, world_size, audio_s)
     answer: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for _, p in model.trained()),
-        "utterances": len(data.usable),
+        "utterances": len(data),
         "left_out": data.left_out,
-        "audio_s": float(data.utterances.lengths["n_samples"][data.usable].sum() / SAMPLE_RATE_HZ),
+        "audio_s": audio_s,
         "accumulation": each,
-        "steps_per_epoch": len(steps),
-        "padding": 1 - float(data.seconds.sum() / padded.sum()),
-        "straggler": float((padded.max(1) / padded.mean(1)).mean()),
+        "steps_per_epoch": order.steps,
+        "padding": order.waste,
+        "straggler": order.straggler,
+        "padded_lengths": order.padded_lengths,
         "packs": data.utterances.digest,
     }
-    evaluated = Utterances([recipe.pack(s) for s in recipe.evaluate.subsets])
+    evaluated = Utterances.of(recipe, recipe.evaluate.subsets)
     check_letters(model, evaluated)
     answer["evaluation_utterances"] = len(evaluated)
     print(json.dumps(answer))
@@ -135,9 +151,9 @@ def reshard(options: argparse.Namespace) -> int:
     import torch
 
     from launcher.worker.checkpoint import Progress
-    from launcher.worker.sampler import Sampler, accumulation, utterances_in
+    from launcher.worker.sampler import accumulation, utterances_in
     from launcher.worker.shards import Shards, check_coverage
-    from launcher.worker.train import TrainingSet
+    from launcher.worker.training_set import TrainingSet
     from launcher.worker.weights import restored
 
     run, world_size = Run(options.run), options.ranks
@@ -158,9 +174,8 @@ def reshard(options: argparse.Namespace) -> int:
                 )
     data, batch = TrainingSet.open(recipe, model), recipe.batch
     each = accumulation(batch.step_seconds, batch.max_rank_seconds, world_size)
-    sampler = Sampler(data.seconds, step_seconds=batch.step_seconds, seed=recipe.seed)
     try:
-        steps = sampler.steps_left(progress.cursor, world_size, each)
+        steps = data.sampler(recipe).steps_left(progress.cursor, world_size, each)
     except ValueError as error:
         raise UsageError(f"{world_size} ranks cannot go on: {error}", hint="take fewer ranks") from error
     answer = {

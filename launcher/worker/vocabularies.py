@@ -74,7 +74,7 @@ def ctc_frames(recipe: schema.Recipe, of_packs: npt.NDArray[Any]) -> npt.NDArray
 def _sealed(recipe: schema.Recipe) -> Path:
     """The sealed directory of the recipe's vocabulary, verified; made where it is not there."""
     asked: Any = recipe.backbone.vocabulary  # type: ignore[union-attr]
-    utterances = Utterances([recipe.pack(s) for s in recipe.data.train])
+    utterances = Utterances.of(recipe, recipe.data.train)
     source = {"asked": asked.model_dump(), "packs": utterances.digest}
     target = recipe.data.packs / f"vocabulary-{asked.kind}-{rundir.digest_json(source)[:12]}"
     while not target.is_dir():

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from launcher import recipe as schema
 from launcher.errors import DataError, UsageError
-from launcher.worker import ctc_processor, shims
+from launcher.worker import ctc_processor, masking, shims
 from launcher.worker.backbone import CtcModel, IntArray, layer_parts, pretrained
 from launcher.worker.data import Tensors, Waveform
 from launcher.worker.layer_drop import LayerDrop
@@ -76,7 +75,6 @@ class Wav2Vec2Model(CtcModel):
         if backbone.mask_time_prob == 0 and hasattr(self.body, "masked_spec_embed"):
             # Nothing uses it then, and data parallel refuses to wait for a gradient that never comes.
             self.body.masked_spec_embed.requires_grad_(False)
-        self.body._mask_hidden_states = MethodType(_mask, self.body)
         self.layer_drop = LayerDrop(self.body.encoder.layers, backbone.layerdrop, seed)
         self.receptive_field = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
@@ -93,11 +91,6 @@ class Wav2Vec2Model(CtcModel):
         return super().collate(waveforms, texts)
 
     def logits(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            tensors: of `collate`. Where they have `mask_time` (batch, frames) and `mask_channels` (batch, channels),
-                both bool, training masks these; else it draws them from numpy's generator.
-        """
         inputs, lengths = tensors["inputs"], tensors["lengths"]
         if (short := self.receptive_field - inputs.shape[1]) > 0:
             inputs = F.pad(inputs, (0, short))  # the convolutions refuse less than one frame
@@ -107,9 +100,23 @@ class Wav2Vec2Model(CtcModel):
             mask = (torch.arange(inputs.shape[1], device=inputs.device) < heard[:, None]).long()
         inputs = inputs.to(next(self.model.parameters()).dtype)
         frames = self.model._get_feat_extract_output_lengths(lengths).clamp(min=0)
-        masks = (tensors["mask_time"], tensors["mask_channels"]) if "mask_time" in tensors else None
-        hidden = self.body(inputs, attention_mask=mask, mask_time_indices=masks).last_hidden_state
+        with masking.masked_by(self.body, tensors):
+            hidden = self.body(inputs, attention_mask=mask).last_hidden_state
         return self.model.lm_head(self.model.dropout(hidden)), cast(Tensor, frames)
+
+    def augment(self, tensors: Tensors, dice: Sequence[np.random.Generator]) -> Tensors:
+        """Spans of frames and of channels, by the recipe's shares: `masking.FRAMES` and `masking.CHANNELS`."""
+        assert isinstance(self.backbone, schema.Wav2Vec2)
+        width = self.frames(np.array([max(tensors["inputs"].shape[1], self.receptive_field)]))[0]
+        masks = masking.wav2vec2_masks(
+            dice,
+            self.frames(tensors["lengths"].numpy()).tolist(),
+            int(width),
+            self.model.config.hidden_size,
+            time=(self.backbone.mask_time_prob, self.backbone.mask_time_length),
+            channel=(self.backbone.mask_channel_prob, self.backbone.mask_channel_length),
+        )
+        return {**tensors, **masks}
 
     def frames(self, n_samples: IntArray) -> IntArray:
         lengths = self.model._get_feat_extract_output_lengths(torch.from_numpy(n_samples)).clamp(min=0)
@@ -131,7 +138,7 @@ class Wav2Vec2Model(CtcModel):
 
     def feasible(self, lengths: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         assert isinstance(self.backbone, schema.Wav2Vec2)
-        # transformers refuses to lay a mask over a batch that is shorter than one span of it.
+        # One shorter than a span would be masked nearly whole.
         span = self.backbone.mask_time_length if self.backbone.mask_time_prob > 0 else 0
         long_enough = self.frames(lengths["n_samples"].astype(np.int64)) >= span
         return super().feasible(lengths) & long_enough
@@ -188,15 +195,3 @@ def _listening(backbone: schema.Wav2Vec2, config: Any) -> tuple[bool, bool]:
             )
         normalize = backbone.normalize
     return normalize, masked
-
-
-def _mask(body: Any, hidden: Tensor, mask_time_indices: Any = None, attention_mask: Tensor | None = None) -> Tensor:
-    """In place of the method of this name, which draws all masks itself: take those that the batch brings."""
-    if mask_time_indices is None:
-        drawn = type(body)._mask_hidden_states(body, hidden, attention_mask=attention_mask)
-        return cast(Tensor, drawn)
-    time, channels = mask_time_indices
-    if body.masked_spec_embed.requires_grad:
-        # In the graph wherever it is trained, also where no frame is masked: the ranks' graphs are one.
-        hidden = torch.where(time[:, :, None], body.masked_spec_embed.to(hidden.dtype), hidden)
-    return hidden.masked_fill(channels[:, None, :], 0)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from launcher import recipe as schema
 from launcher.errors import UsageError
-from launcher.worker import ctc_processor, shims
+from launcher.worker import ctc_processor, masking, shims
 from launcher.worker.backbone import CtcModel, IntArray, SpeechModel, layer_parts, pretrained, quiet_transformers
 from launcher.worker.data import Tensors, Waveform
 from launcher.worker.layer_drop import LayerDrop
@@ -42,19 +42,20 @@ def _config(backbone: schema.Whisper | schema.WhisperCtc) -> Any:
     return config
 
 
-def _masks() -> nn.Module:
-    import torchaudio
-
-    return nn.Sequential(
-        torchaudio.transforms.FrequencyMasking(27, iid_masks=True),
-        torchaudio.transforms.TimeMasking(100, iid_masks=True),
-    )
-
-
 def _spectra(extractor: Any, waveforms: Sequence[Waveform]) -> Tensor:
     """(batch, mels, 3000) of 30 s each."""
     features: Tensor = extractor(list(waveforms), sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features
     return features
+
+
+def _hidden(backbone: schema.Whisper | schema.WhisperCtc, tensors: Tensors, dice: masking.Dice) -> Tensors:
+    """SpecAugment, laid over the spectra themselves: they are made here, not in the model."""
+    if not backbone.spec_augment:
+        return tensors
+    spectra = tensors["inputs"]
+    frames = [spectra.shape[2]] * len(spectra)
+    spans = masking.spec_spans(dice, frames, spectra.shape[1], widest_time=100, widest_band=27)
+    return {**tensors, "inputs": masking.hidden_by(spectra, spans[masking.TIME_SPAN], spans[masking.BAND_SPAN])}
 
 
 def _encoder_parts(prefix: str, layers: int) -> dict[str, list[str]]:
@@ -92,7 +93,6 @@ class WhisperModel(SpeechModel):
         multilingual = bool(getattr(self.model.generation_config, "is_multilingual", False))
         self.language = {"language": "english", "task": "transcribe"} if multilingual else {}
         self.tokenizer = WhisperTokenizerFast.from_pretrained(**_source(backbone), **self.language)
-        self.spec_augment = _masks()
 
     def collate(self, waveforms: Sequence[Waveform], texts: Sequence[str]) -> Tensors:
         assert isinstance(self.backbone, schema.Whisper)
@@ -105,12 +105,14 @@ class WhisperModel(SpeechModel):
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         return {"inputs": _spectra(self.extractor, waveforms), "labels": padded}
 
+    def augment(self, tensors: Tensors, dice: masking.Dice) -> Tensors:
+        assert isinstance(self.backbone, schema.Whisper)
+        return _hidden(self.backbone, tensors, dice)
+
     def forward(self, tensors: Tensors, transcribe: bool = False, in_step: bool = False) -> tuple[Tensor, list[str]]:
         assert isinstance(self.backbone, schema.Whisper)
         inputs, labels = tensors["inputs"], tensors["labels"]
         inputs = inputs.to(self.model.get_input_embeddings().weight.dtype)
-        if self.training and self.backbone.spec_augment:
-            inputs = self.spec_augment(inputs)
         # The encoder takes nearly all of the time, so loss and transcript share it.
         heard = self.model.get_encoder()(inputs)
         logits = self.model(encoder_outputs=heard, labels=labels).logits.float()
@@ -187,17 +189,18 @@ class WhisperCtcModel(CtcModel):
         self.encoder.embed_positions.requires_grad_(False)
         self.layer_drop = LayerDrop(self.encoder.layers, backbone.layerdrop, seed)
         self.extractor = WhisperFeatureExtractor.from_pretrained(**_source(backbone))
-        self.spec_augment = _masks()
 
     def collate(self, waveforms: Sequence[Waveform], texts: Sequence[str]) -> Tensors:
         lengths = torch.tensor([len(w) for w in waveforms], dtype=torch.int64)
         return {"inputs": _spectra(self.extractor, waveforms), "lengths": lengths, **self.labels(texts)}
 
+    def augment(self, tensors: Tensors, dice: masking.Dice) -> Tensors:
+        assert isinstance(self.backbone, schema.WhisperCtc)
+        return _hidden(self.backbone, tensors, dice)
+
     def logits(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         assert isinstance(self.backbone, schema.WhisperCtc)
         inputs = tensors["inputs"]
-        if self.training and self.backbone.spec_augment:
-            inputs = self.spec_augment(inputs)
         # Not the head's type: to ask for its weight is to have ZeRO 3 gather it.
         heard = self.encoder(inputs.to(self.encoder.dtype)).last_hidden_state
         return self.head(heard), _frames(tensors["lengths"])

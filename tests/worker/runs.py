@@ -30,6 +30,7 @@ data:
 backbone: {{kind: tiny-ctc, hidden: 32, layers: 1}}
 max_steps: 24
 batch: {{step_seconds: 24s, max_rank_seconds: 12s}}
+augment: {{speed: [0.9, 1.0, 1.1]}}
 optimizer: {{learning_rate: 1e-3}}
 evaluate: {{subsets: [dev-clean], every_steps: 6, batch_seconds: 6s}}
 checkpoint: {{every_steps: 4}}

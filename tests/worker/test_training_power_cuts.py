@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def by_deepspeed(attempt: str, folder: str, outside: str, steps: int, strace: tu
     with suppress(FileNotFoundError):
         engine.load_checkpoint(folder)
     planned = training.sampler.steps_left(training.progress.cursor, 2, training.accumulation)
-    feed = ahead(training._load, [b for step in planned for b in step[rank::2]])
+    load = partial(training._load, training.progress.cursor.epoch)
+    feed = ahead(load, [b for step in planned for b in step[rank::2]])
     for number in range(steps):
         training.one_step(planned[number % len(planned)], feed)
         tag = f"global_step{engine.global_steps}"

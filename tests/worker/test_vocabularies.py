@@ -94,7 +94,7 @@ def test_it_is_learned_once_by_whoever_comes_first(recipe: schema.Recipe) -> Non
     assert len({v.digest for v in made}) == 1
     (folder,) = recipe.data.packs.glob("vocabulary-*")
     assert rundir.verify(folder)["vocabulary"] == made[0].digest
-    utterances = Utterances([recipe.pack("train-clean-100")])
+    utterances = Utterances.of(recipe, ["train-clean-100"])
     frames = vocabularies.ctc_frames(recipe, utterances.lengths["ctc_frames"])
     assert frames.tolist() == [made[0].min_frames(utterances.row(i)["text"]) for i in range(len(utterances))]
     assert (frames > 0).all() and not np.array_equal(frames, utterances.lengths["ctc_frames"])
