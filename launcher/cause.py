@@ -302,6 +302,8 @@ def _raised(ended: _Ended, cause: dict[str, Any]) -> Failure:
     elif cause["type"] == "OutOfMemoryError":
         kind = "device memory"
         hint = "use less: batch.max_rank_seconds, a higher zero_stage; or GPUs with more memory"
+    elif cause["type"] == "MemoryExhausted" and re.search(r"CUDA|cuda", cause["message"]):
+        kind = "device memory"
     said = cause["message"] if known else f"{cause['type']}: {cause['message']}"
     return ended.of_rank(kind, rank, f"{ended.who(rank)}: {said}", hint)
 

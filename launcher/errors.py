@@ -64,6 +64,12 @@ class TrainingError(SpeechctlError):
     exit_code = ExitCode.TRAINING_RAISED
 
 
+class MemoryExhausted(SpeechctlError):
+    """A device or its host has no memory left, and we know what for."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
 class HostError(SpeechctlError):
     exit_code = ExitCode.HOST
 

@@ -10,6 +10,7 @@ from launcher import environment
 from launcher.backends import ARGV, slurm
 from launcher.hosts import Host
 from launcher.recipe import Recipe
+from launcher.recipe_optimization import merged
 from launcher.rundir import Attempt, Run
 
 
@@ -48,6 +49,8 @@ class Plan:
     commands: list[list[str]]
     """For each node, how it is started; under slurm first the one that asks for the job."""
     deepspeed: dict[str, Any] | None
+    host_bytes_per_rank: int = 0
+    """Model states that lie in the host's memory: what is offloaded."""
     notes: list[str] = field(default_factory=list)
     """What a person should know before saying yes."""
     padded_lengths: int | None = None
@@ -69,7 +72,7 @@ def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Pla
     world_size = sum(h.slots for h in hosts)
     accumulation = int(facts["accumulation"])
     weights, trained = int(facts["parameters"]), int(facts["trained_parameters"])
-    state, saved = state_bytes(recipe, weights, trained, world_size)
+    state, on_host, saved = state_bytes(recipe, weights, trained, world_size)
     run = Run(recipe.run_path)
     attempt = Attempt(run.attempts_dir / "0001")
     files = [run.recipe, run.resolved, run.plan, run.provenance, *[run.deepspeed] * (recipe.zero_stage != "off")]
@@ -97,6 +100,7 @@ def make(recipe: Recipe, hosts: Sequence[Host], facts: Mapping[str, Any]) -> Pla
         parameters=weights,
         trained_parameters=trained,
         state_bytes_per_rank=state,
+        host_bytes_per_rank=on_host,
         checkpoint_bytes=saved,
         files=[str(path) for path in files],
         commands=[*asked, *(start(attempt, k, host) for k, host in enumerate(hosts))],
@@ -119,42 +123,54 @@ def notes_on_job(recipe: Recipe) -> list[str]:
     return notes
 
 
-def state_bytes(recipe: Recipe, weights: int, trained: int, world_size: int) -> tuple[int, int]:
-    """(bytes of model states on one rank, bytes of a checkpoint over all ranks).
+def state_bytes(recipe: Recipe, weights: int, trained: int, world_size: int) -> tuple[int, int, int]:
+    """(bytes of model states on one rank's device, in its host's memory, and of a checkpoint over all ranks).
 
     ZeRO paper, §3: with mixed precision 2 bytes a weight, 2 a gradient, 12 of optimizer state (fp32 weight and two
     moments); stage 1 shares out the optimizer state, 2 the gradients too, 3 the weights too. In fp32 without ZeRO the
-    weights are their own master copy.
+    weights are their own master copy. Offloading an optimizer takes a rank's share of the gradients along in fp32.
     """
     stage = 0 if recipe.zero_stage == "off" else recipe.zero_stage
-    mixed = recipe.precision == "bf16" and recipe.zero_stage != "off"
+    mixed = recipe.precision != "fp32" and recipe.zero_stage != "off"
     unit = 2 if mixed else 4
     optimizer = 12 if mixed or stage >= 1 else 8
-    per_rank = (
-        weights * unit / (world_size if stage >= 3 else 1)
-        + trained * unit / (world_size if stage >= 2 else 1)
-        + trained * optimizer / (world_size if stage >= 1 else 1)
-    )
+    of_weights = weights * unit / (world_size if stage >= 3 else 1)
+    of_optimizer = trained * optimizer / (world_size if stage >= 1 else 1)
+    device = of_weights + trained * unit / (world_size if stage >= 2 else 1) + of_optimizer
+    host = 0.0
+    if recipe.offload.optimizer:
+        device, host = device - of_optimizer, of_optimizer + trained * 4 / world_size
+    if recipe.offload.parameters:
+        device, host = device - of_weights, host + of_weights
     saved = trained * optimizer + (weights * unit if stage < 3 else (weights - trained) * unit)
-    return int(per_rank), int(saved)
+    return int(device), int(host), int(saved)
 
 
 def deepspeed_config(recipe: Recipe, accumulation: int, trained: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given. The optimizer is ours, and so is the learning rate."""
     # DeepSpeed allocates the whole bucket, 5e8 elements unless told otherwise, for the smallest of models.
-    zero = {"stage": recipe.zero_stage, "reduce_bucket_size": max(1, min(5 * 10**8, trained))}
-    mixed = recipe.precision == "bf16"
+    zero: dict[str, Any] = {"stage": recipe.zero_stage, "reduce_bucket_size": max(1, min(5 * 10**8, trained))}
+    offload = recipe.offload
+    for name, is_on in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+        if is_on:
+            zero[name] = {"device": "cpu", "pin_memory": offload.pin_memory}
+    # Its own Adam for the CPU is compiled at the first start, for minutes, where there is a compiler.
+    alone = {"zero_force_ds_cpu_optimizer": False} if offload.optimizer else {}
+    mixed = recipe.precision != "fp32"
     # Without this, micro-batches are added up in bf16, and one GPU loses bits that eight keep. Stages 0 and 1 would
     # get another optimizer by it.
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if mixed and recipe.zero_stage in (2, 3) else {}
-    return {
+    ours = {
         # Batches are cut by seconds, not by count: the sampler feeds them, DeepSpeed only counts micro-batches.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optimizer.grad_clip,
         "zero_optimization": zero,
-        "bf16": {"enabled": mixed},
+        **alone,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        **({"fp16": {"enabled": True}} if recipe.precision == "fp16" else {}),
         **sums,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    return merged(ours, recipe.deepspeed)

@@ -1,8 +1,8 @@
 """The recipe: one YAML file that says what one whole run is, and its schema.
 
 Every field is documented under itself, with its unit. The section `launch` is in `recipe_launch.py`, `backbone` in
-`recipe_backbone.py`, units are in `recipe_values.py`; reading the file, overrides and located errors are in
-`recipe_file.py`; what a recipe comes to on given hosts is in `plan.py`.
+`recipe_backbone.py`, how a model learns in `recipe_optimization.py`, units are in `recipe_values.py`; reading the file,
+overrides and located errors are in `recipe_file.py`; what a recipe comes to on given hosts is in `plan.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from launcher.recipe_backbone import Backbone as Backbone
 from launcher.recipe_backbone import Characters as Characters
@@ -23,7 +23,8 @@ from launcher.recipe_backbone import Whisper as Whisper
 from launcher.recipe_backbone import WhisperCtc as WhisperCtc
 from launcher.recipe_feed import Augment, Feed
 from launcher.recipe_launch import Launch
-from launcher.recipe_values import Bytes, Count, Decay, Fraction, Location, Name, Seconds, Section
+from launcher.recipe_optimization import Freeze, Lora, Offload, Optimizer, RawDeepSpeed, Schedule
+from launcher.recipe_values import Bytes, Count, Location, Name, Seconds, Section
 
 
 def _no_bool(value: Any) -> Any:
@@ -105,45 +106,6 @@ class Batch(Section):
     takes memory and time by the square. Default: as T."""
 
 
-class Optimizer(Section):
-    learning_rate: Annotated[float, Field(gt=0, examples=["1e-4"])]
-    """Peak of the schedule. The optimizer is AdamW."""
-
-    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.98]
-    """Decay of the first and second moment."""
-
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment."""
-
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled; on matrices only, never on biases and norms."""
-
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
-
-
-class TriStage(Section):
-    """Linear warm-up, hold, exponential decay: fairseq's tri-stage schedule, as shares of the run."""
-
-    warmup: Fraction = 0.1
-    """Share of the steps that climb from `init_scale` to the peak."""
-
-    hold: Fraction = 0.4
-    """Share of the steps at the peak. The rest decays to `final_scale`."""
-
-    init_scale: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """First learning rate, as a share of the peak."""
-
-    final_scale: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Last learning rate, as a share of the peak."""
-
-    @model_validator(mode="after")
-    def _shares(self) -> TriStage:
-        if self.warmup + self.hold > 1:
-            raise ValueError(f"warmup {self.warmup} and hold {self.hold} are more than the whole run")
-        return self
-
-
 class Evaluate(Section):
     subsets: Annotated[list[Name], AfterValidator(_each_once), Field(min_length=1, examples=["[dev-clean]"])]
     """Subsets to evaluate on; WER is over all of them together, and for each."""
@@ -219,8 +181,9 @@ class Recipe(Section):
     """What DeepSpeed shards over the ranks: 1 optimizer state, 2 gradients too, 3 parameters too, 0 nothing.
     `off`: no DeepSpeed; the same loop on Accelerate."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """What the forward and backward pass compute in. The optimizer always keeps fp32 weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the forward and backward pass compute in. The optimizer always keeps fp32 weights. fp16 scales the loss, by
+    as much as gradients bear, and needs a GPU."""
 
     max_steps: Annotated[Count, Field(ge=1, examples=["10k"])]
     """Optimizer steps of the whole run."""
@@ -237,8 +200,25 @@ class Recipe(Section):
     optimizer: Optimizer
     """AdamW."""
 
-    schedule: TriStage = TriStage()
+    schedule: Schedule = Schedule()
     """Learning rate over the steps."""
+
+    freeze: list[Freeze] = []
+    """Parts of the model that do not learn, and for how long."""
+
+    lora: Lora | None = None
+    """Train low-rank adapters, and not the model itself."""
+
+    activation_checkpointing: bool = False
+    """Keep only what goes into each layer, and compute the rest once more on the way back: less memory, about a third
+    more time."""
+
+    offload: Offload = Offload()
+    """What lies in the host's memory."""
+
+    deepspeed: RawDeepSpeed = {}
+    """Any other keys of DeepSpeed's configuration, laid over ours: `zero_optimization: {overlap_comm: true}`. Keys that
+    the recipe has words of its own for are refused."""
 
     evaluate: Evaluate
     """WER at rank 0's cadence."""
@@ -248,6 +228,33 @@ class Recipe(Section):
 
     trackers: list[Literal["tensorboard"]] = []
     """Where else rank 0 sends metrics, through Accelerate's trackers."""
+
+    # A field that has mistakes of its own is not in `info.data`.
+
+    @field_validator("schedule")
+    @classmethod
+    def _fits_the_run(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
+        max_steps = info.data.get("max_steps")
+        if max_steps is not None and (peak_ends := schedule.stages(max_steps)[1]) > max_steps:
+            raise ValueError(f"warmup and hold take {peak_ends:g} steps, and max_steps is {max_steps}")
+        return schedule
+
+    @field_validator("offload")
+    @classmethod
+    def _has_what_to_offload(cls, offload: Offload, info: ValidationInfo) -> Offload:
+        stage = info.data.get("zero_stage", 3)
+        if offload.optimizer and stage in ("off", 0):
+            raise ValueError(f"offload.optimizer needs zero_stage 1, 2 or 3, and it is {stage}")
+        if offload.parameters and stage != 3:
+            raise ValueError(f"offload.parameters needs zero_stage 3, and it is {stage}")
+        return offload
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _has_deepspeed(cls, raw: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if raw and info.data.get("zero_stage") == "off":
+            raise ValueError("these keys are for DeepSpeed, and zero_stage is off")
+        return raw
 
     @property
     def run_path(self) -> Path:

@@ -155,7 +155,8 @@ def _problem(where: Where, owner: type[Section], errors: list[ErrorDetails], tre
         hint = f"{about} For example `{_example(name, field)}`"
         return Problem(tree.place(where[:-1], tree.keys), key, "this key is missing", hint)
     if kind == "extra_forbidden":
-        what = "there is no such key" + (f" in kind '{_tags(owner)[0]}'" if "kind" in owner.model_fields else "")
+        tags = _tags(owner) if "kind" in owner.model_fields else ()
+        what = "there is no such key" + (f" in kind '{tags[0]}'" if len(tags) == 1 else "")
         near = [near] if (near := _near(name, owner.model_fields)) else _homes(key)
         hint = "" if near else f"the keys here are {', '.join(owner.model_fields)}"
         return Problem(tree.place(where, tree.keys), key, what + _mean(near), hint)
@@ -190,11 +191,11 @@ def _locate(loc: tuple[str | int, ...]) -> tuple[Where, type[Section]]:
     for part in loc:
         if len(inside) > 1:
             inside = [section for section in inside if part in _tags(section)]
+        elif isinstance(part, int):  # of a list, of sections too
+            where = (*where, part)
         elif inside:
             owner, where = inside[0], (*where, part)
             inside = _sections(owner.model_fields.get(str(part)))
-        elif isinstance(part, int):
-            where = (*where, part)
     return where, inside[0] if inside and len(loc) > len(where) else owner
 
 

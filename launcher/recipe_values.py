@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -29,6 +29,12 @@ def _with_unit(value: Any, units: dict[str, float], example: str) -> Any:
     return int(number) if number.is_integer() else number
 
 
+def _whole(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"expected a share up to 1, or a whole number of steps; {value:g} is neither")
+    return value
+
+
 def _plain_path(value: Any) -> Any:
     """Refuses what would silently make a directory of the wrong name."""
     if value == "":
@@ -42,6 +48,8 @@ Seconds = Annotated[float, BeforeValidator(lambda v: _with_unit(v, _SECONDS, "30
 Bytes = Annotated[int, BeforeValidator(lambda v: _with_unit(v, _BYTES, "64MiB")), Field(gt=0)]
 Count = Annotated[int, BeforeValidator(lambda v: _with_unit(v, _COUNT, "10k")), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Span = Annotated[float, BeforeValidator(lambda v: _with_unit(v, _COUNT, "10k")), AfterValidator(_whole), Field(ge=0)]
+"""Of a run: up to 1 a share of its steps, above it a number of them."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Location = Annotated[Path, BeforeValidator(_plain_path), Field(strict=False)]
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"

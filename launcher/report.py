@@ -77,6 +77,10 @@ class Report:
     """Of the attempt that went last."""
     avoided: list[dict[str, Any]]
     """Hosts that are left out for now: host, why, until."""
+    left_out: int
+    """Steps whose loss or gradient was not finite, which all ranks left out; without those that were rolled back."""
+    straggler: dict[str, Any] | None
+    """The rank that the others wait for, as far as one was named last: rank, host, factor, step."""
     jobs: list[dict[str, Any]]
     """What was submitted to SLURM, oldest first: id, time, log. From the run's files: SLURM is not asked."""
     job: dict[str, Any] | None = None
@@ -164,6 +168,8 @@ def _read(run: Run) -> Report:
         history=history,
         nodes=[doing(attempts[-1], node) for node in layout(attempts[-1])] if attempts else [],
         avoided=list(rundir.avoided(run).values()),
+        left_out=sum(bool(m.get("left_out")) for m in metrics.values()),
+        straggler=read_straggler(attempts[-1]) if attempts else None,
         jobs=submitted(run),
     )
 
@@ -204,6 +210,12 @@ def left_alone(attempt: Attempt, ended: dict[str, Any]) -> bool:
     """Whether ranks sealed and stopped because their launcher was gone, and not because anybody had asked for it."""
     nodes = (rundir.read_json(path) for path in sorted(attempt.root.glob("node-*.json")))
     return ended["code"] == ExitCode.STOPPED and any(n.get("asked") and "launcher" in n["asked"] for n in nodes)
+
+
+def read_straggler(attempt: Attempt) -> dict[str, Any] | None:
+    """The last word of an attempt on whether one rank is slower than the others."""
+    said = [e for e in rundir.read_lines(attempt.events) if e["event"] in ("straggler", "straggler_gone")]
+    return said[-1] if said and said[-1]["event"] == "straggler" else None
 
 
 def layout(attempt: Attempt) -> list[Node]:

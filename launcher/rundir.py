@@ -259,10 +259,15 @@ def _json(value: Any, indent: int | None = None) -> bytes:
 def there(path: Path) -> bool:
     """Whether a file is there, by listing its directory. For what another machine may just have written: over NFS, a
     name that was asked for in vain is missing for up to a minute more."""
+    return path.name in names_in(path.parent)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What is in a directory; nothing where it is not there."""
     try:
-        return path.name in os.listdir(path.parent)
+        return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return []
 
 
 def read_json(path: Path) -> Any:

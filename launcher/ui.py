@@ -141,9 +141,13 @@ class Progress:
             return
         self.shown = time.monotonic()
         speed = self.audio_s / self.step_s if self.step_s else 0.0
+        loss, norm = (  # of a step that was left out
+            "not finite" if row[name] is None else f"{row[name]:{form}}"
+            for name, form in (("loss", ".4g"), ("grad_norm", ".3g"))
+        )
         say(
-            f"step {row['step']}/{self.max_steps}  epoch {row['epoch']}  loss {row['loss']:.4g}"
-            f"  grad norm {row['grad_norm']:.3g}  lr {row['learning_rate']:.2e}  {speed:.0f}x real time"
+            f"step {row['step']}/{self.max_steps}  epoch {row['epoch']}  loss {loss}"
+            f"  grad norm {norm}  lr {row['learning_rate']:.2e}  {speed:.0f}x real time"
         )
 
 
@@ -155,6 +159,10 @@ LINES = {
     "sealed": "step {step}: sealed a checkpoint; training waited {blocked_s:.1f} s for it",
     "trouble_after_seal": "step {step}: sealed a checkpoint, but then: {problem}",
     "save_failed": "step {step}: no checkpoint: {error}; training goes on",
+    "left_out": "{message}; left out, {in_row} in a row",
+    "straggler": "step {step}: the others wait for rank {rank} on {host}: it takes {factor:.1f}x as long as they do"
+    " ({own_s:.3f} s a step, {others_s:.3f} s)",
+    "straggler_gone": "step {step}: no rank is slower than the others any more",
     "stopping": "stopping: the ranks finish their step and seal it (Ctrl-C again ends them at once)",
     "killing": "ending the ranks now; sealed checkpoints stay",
     "relaunching": "attempt {attempt} failed: {message}",

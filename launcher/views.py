@@ -28,6 +28,7 @@ def plan(value: Plan, saving: Cadence) -> None:
     stage = "off (Accelerate)" if value.deepspeed is None else str(value.deepspeed["zero_optimization"]["stage"])
     left_out = "".join(f"; left out: {count} {reason}" for reason, count in value.left_out.items())
     lengths = "" if value.padded_lengths is None else f"; {ui.counted(value.padded_lengths, 'padded length')}"
+    on_host = f" and {in_bytes(value.host_bytes_per_rank)} in the host's memory" if value.host_bytes_per_rank else ""
     ui.grid(
         [
             ("run", f"{value.name} in {value.run_dir}"),
@@ -42,7 +43,7 @@ def plan(value: Plan, saving: Cadence) -> None:
             ("padding", f"{value.padding:.1%}; straggler factor {value.straggler:.3f}{lengths}"),
             ("evaluation", f"{value.evaluation_utterances} utterances"),
             ("model", f"{value.parameters:,} parameters, {value.trained_parameters:,} trained"),
-            ("memory", f"{in_bytes(value.state_bytes_per_rank)} of model states a rank, activations on top"),
+            ("memory", f"{in_bytes(value.state_bytes_per_rank)} of model states a rank{on_host}, activations on top"),
             ("checkpoint", in_bytes(value.checkpoint_bytes)),
             *cadence(saving),
             *(("note", note) for note in value.notes),
@@ -176,6 +177,8 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
             ("steps", f"{value.step} of {value.max_steps}, {ui.counted(value.attempts, 'attempt')}"),
             ("audio", audio if value.metrics else "none yet"),
             ("sealed", (", ".join(str(s) for s in value.sealed) or "none yet") + best),
+            *([("left out", left_out(value))] if value.left_out else []),
+            *([("slow", slow(value.straggler))] if value.straggler else []),
             *(("avoided", f"{a['host']}: {a.get('why', '')}{until(a)}") for a in value.avoided),
         ]
     )
@@ -202,6 +205,15 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
             ui.answer(f"evidence: {line}")
         ui.answer(f"hint: {value.failure['hint']}")
     ui.commands_next(commands)
+
+
+def left_out(value: Report) -> str:
+    last = next(m["step"] for m in reversed(value.metrics) if m.get("left_out"))
+    return f"{ui.counted(value.left_out, 'step')} with a loss or gradient that was not finite, the last at step {last}"
+
+
+def slow(row: dict[str, Any]) -> str:
+    return f"rank {row['rank']} on {row['host']} takes {row['factor']:.1f}x as long as the others (step {row['step']})"
 
 
 def state(value: Report) -> str:

@@ -195,7 +195,7 @@ def test_transcript_of_broken_overrides() -> None:
         """\
 error: x.yaml has 8 errors
 
-x.yaml:15:12: precision: expected 'fp32' or 'bf16', found 'FP32'; did you mean 'fp32'?
+x.yaml:15:12: precision: expected 'fp32', 'bf16' or 'fp16', found 'FP32'; did you mean 'fp32'?
  15 | precision: FP32
     |            ^^^^
 --set batch.step_second=1: batch.step_second: there is no such key; did you mean 'step_seconds'?

@@ -46,7 +46,7 @@ def test_wav2vec2_base_100h_has_the_published_schedule() -> None:
     recipe = load("wav2vec2-base-100h")
     steps, schedule = recipe.max_steps, recipe.schedule
     assert steps == 80_000
-    assert (schedule.warmup * steps, schedule.hold * steps) == (8_000, 32_000)
+    assert schedule.stages(steps) == (8_000, 8_000 + 32_000)
     assert (schedule.init_scale, schedule.final_scale) == (0.01, 0.05)
     assert recipe.optimizer.learning_rate == 3e-5
     assert recipe.optimizer.betas == [0.9, 0.98]

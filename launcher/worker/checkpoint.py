@@ -47,6 +47,10 @@ class Progress:
     """An evaluation was due at `step` and a stop came first."""
     best_wer: float = math.inf
     best_step: int = -1
+    left_out: int = 0
+    """Steps whose loss or gradient was not finite."""
+    left_out_in_row: int = 0
+    """Those just before `step`, as far as they count."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +60,8 @@ class Progress:
             "evaluation_due": self.evaluation_due,
             "best_wer": None if math.isinf(self.best_wer) else self.best_wer,
             "best_step": self.best_step,
+            "left_out": self.left_out,
+            "left_out_in_row": self.left_out_in_row,
         }
 
     @staticmethod

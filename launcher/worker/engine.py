@@ -1,7 +1,11 @@
 """One step of training, whoever does it: DeepSpeed where the recipe gives a ZeRO stage, Accelerate where it is off.
 
-The loop sees `Engine` and no more. Neither engine schedules the learning rate: it is a pure function of the step
-(`train.learning_rate`), which makes it exact after any resume.
+The loop sees `Engine` and no more. Neither engine schedules the learning rate or knows what is frozen when: both are
+pure functions of the step (`schedule.py`, `learning.py`), which makes them exact after any resume.
+
+A loss that is not finite makes every gradient NaN, whatever its own derivative is. So there is one test for all that
+goes wrong in a step, the norm of the whole gradient, and all ranks see the same norm: they leave the step out together,
+without a word about it.
 """
 
 from __future__ import annotations
@@ -9,17 +13,23 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from launcher.committer import File
+from launcher.errors import PreflightError
 from launcher.recipe import Recipe
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
 from launcher.worker.host_memory import HostMemory
+from launcher.worker.learning import Group, freeze, groups, optimizer_for, set_rates
 from launcher.worker.ranks import Ranks
+from launcher.worker.waits import Waits
 
 
 class Engine(ABC):
@@ -29,6 +39,21 @@ class Engine(ABC):
     device: torch.device
     weights_type = torch.float32
     """That the model's weights have while it computes."""
+    groups: Sequence[Group]
+    """What learns: the groups of the optimizer."""
+    waits: Waits
+    """For other ranks, inside what the engine does."""
+    done = 0
+    """Steps that are done."""
+
+    def begin(self, done: int) -> None:
+        """Get ready for the step that follows on `done`: what is frozen in it has no gradients."""
+        self.done = done
+        if freeze(self.groups, done):
+            self._frozen_anew()
+
+    def _frozen_anew(self) -> None:
+        self.waits.watch(self.model.parameters())
 
     @abstractmethod
     def backward(self, tensors: Tensors, factor: float, last: bool) -> Tensor:
@@ -40,12 +65,34 @@ class Engine(ABC):
             last: this is the last micro-batch of the step.
 
         Returns:
-            the sum of the losses, detached, shape ().
+            the loss of each utterance, detached, shape (batch,).
         """
 
     @abstractmethod
     def step(self, learning_rate: float) -> float:
-        """Clip and update. Returns the norm of the whole gradient before clipping."""
+        """Clip and update.
+
+        Returns:
+            the norm of the whole gradient before clipping, the same on every rank; NaN where it is not finite: then
+            neither weights nor moments have changed.
+
+        Raises:
+            TrainingError: on every rank: fp16 cannot be scaled down any further.
+        """
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied with in fp16."""
+        return None
+
+    def is_sound(self) -> bool:
+        """Whether all weights that this rank keeps are finite. Reads each of them once."""
+        largest = torch.nn.utils.get_total_norm([w for w in self.kept() if w.numel()], norm_type=math.inf)
+        return bool(torch.isfinite(largest))
+
+    def kept(self) -> list[Tensor]:
+        """The weights that this rank keeps."""
+        return [p.detach() for p in self.model.parameters()]
 
     @abstractmethod
     def snapshot(self, memory: HostMemory) -> list[File]:
@@ -88,21 +135,20 @@ class Engine(ABC):
         return losses
 
 
-def optimizer_for(model: SpeechModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over what is trained; weight decay on matrices only."""
-    options = recipe.optimizer
-    matrices = [p for _, p in model.trained() if p.ndim >= 2]
-    others = [p for _, p in model.trained() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=options.learning_rate,
-        betas=(options.betas[0], options.betas[1]),
-        eps=options.eps,
-    )
+def poisoned(total: Tensor, factor: float) -> Tensor:
+    """`total * factor`; where it is not finite, with a gradient that is NaN."""
+    return total * (total.detach() * 0 + factor)
+
+
+def check_precision(recipe: Recipe, device: torch.device) -> None:
+    """
+    Raises:
+        PreflightError: this device does not compute in the recipe's precision.
+    """
+    if recipe.precision == "fp16" and device.type == "cpu":
+        raise PreflightError(
+            "precision fp16 needs a GPU, and this rank computes on the CPU", hint="say precision: bf16, or fp32"
+        )
 
 
 class AccelerateEngine(Engine):
@@ -115,7 +161,7 @@ class AccelerateEngine(Engine):
             raise RuntimeError("ACCELERATE_USE_DEEPSPEED is set, but the recipe says zero_stage: off")
         self.accelerator = Accelerator(
             cpu=ranks.device.type == "cpu",
-            mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
             gradient_accumulation_steps=accumulation,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=ranks.timeout)],
         )
@@ -126,24 +172,48 @@ class AccelerateEngine(Engine):
         self.device = self.accelerator.device
         self.grad_clip = recipe.optimizer.grad_clip
         self.model = model
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer_for(model, recipe))
+        self.groups = groups(model, recipe)
+        # One process has nobody to share gradients with: no DDP, which would cost it a millisecond a step.
+        self.wrapped = self.accelerator.prepare_model(model, evaluation_mode=ranks.world_size == 1)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer_for(self.groups, recipe))
+        self.parameters = [p for group in self.groups for p in group.parameters]
+        self.waits = Waits(self.device)
+        self.waits.watch(model.parameters())
+
+    def _frozen_anew(self) -> None:
+        super()._frozen_anew()
+        if isinstance(self.wrapped, DistributedDataParallel):  # it waits for every gradient that there was when made
+            old = self.wrapped
+            self.wrapped = DistributedDataParallel(
+                old.module, device_ids=old.device_ids, output_device=old.output_device
+            )
 
     def backward(self, tensors: Tensors, factor: float, last: bool) -> Tensor:
-        with self.accelerator.accumulate(self.wrapped):
-            if self.accelerator.sync_gradients != last:
-                raise RuntimeError("Accelerate counts another accumulation than the sampler")
+        is_shared = isinstance(self.wrapped, DistributedDataParallel)
+        with self.wrapped.no_sync() if is_shared and not last else nullcontext():
             losses, _ = self.wrapped(to_device(tensors, self.device))
-            total: Tensor = losses.sum()
-            self.accelerator.backward(total * factor)
-        return total.detach()
+            self.accelerator.backward(poisoned(losses.sum(), factor))  # divides by the accumulation
+        self.waits.backward_ended()
+        detached: Tensor = losses.detach()
+        return detached
 
     def step(self, learning_rate: float) -> float:
-        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.grad_clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
+        # Accelerate's wrapper looks for packages at every call, 0.4 ms of CPU a step; it is needed for a scaler alone.
+        scales = self.accelerator.scaler is not None
+        optimizer = self.optimizer if scales else self.optimizer.optimizer
+        if scales:
+            self.accelerator.unscale_gradients(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf))
+        set_rates(optimizer.param_groups, self.groups, learning_rate, self.done)
+        if math.isfinite(norm) or scales:  # a scaler steps by itself, or scales down
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm if math.isfinite(norm) else math.nan
+
+    @property
+    def loss_scale(self) -> float | None:
+        scaler = self.accelerator.scaler
+        return None if scaler is None else float(scaler.get_scale())
 
     def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
         with self.accelerator.autocast():
@@ -157,9 +227,13 @@ class AccelerateEngine(Engine):
         if self.accelerator.process_index != 0:
             return []
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
         return [memory.file("accelerate.pt", state)]
 
     def load(self, folder: Path) -> None:
         saved = torch.load(folder / "accelerate.pt", map_location="cpu", weights_only=True)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])

@@ -9,16 +9,22 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
 from launcher.committer import File
+from launcher.errors import TrainingError
 from launcher.recipe import Recipe
 from launcher.worker import partitioned
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
-from launcher.worker.engine import Engine, optimizer_for
+from launcher.worker.engine import Engine, poisoned
 from launcher.worker.host_memory import HostMemory
+from launcher.worker.learning import AdamW, groups, optimizer_for, set_rates
 from launcher.worker.ranks import Ranks
+from launcher.worker.waits import Waits
+
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 TAG = "deepspeed"
 """The directory that DeepSpeed makes inside a checkpoint."""
@@ -33,9 +39,15 @@ class DeepSpeedEngine(Engine):
         deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", timeout=ranks.timeout)
         self.model = model
         self.device = ranks.device
-        self.weights_type = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        # It knows torch's own AdamW by its very type, and warns of any other.
+        if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+        self.weights_type = WEIGHTS[recipe.precision]
+        self.groups = groups(model, recipe)
+        self.parameters = [p for group in self.groups for p in group.parameters]
+        on = torch.device("cpu") if recipe.offload.parameters else ranks.device
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model.to(ranks.device), optimizer=optimizer_for(model, recipe), config=config
+            model=model.to(on), optimizer=optimizer_for(self.groups, recipe), config=config
         )
         self._check(recipe, ranks)
         if recipe.zero_stage == 0 and recipe.precision == "bf16":
@@ -46,6 +58,11 @@ class DeepSpeedEngine(Engine):
         self.grad_clip = recipe.optimizer.grad_clip
         # DeepSpeed computes no norm of its own at stage 0 in fp32; everywhere else it clips by its configuration.
         self.clips_itself = recipe.zero_stage == 0 and recipe.precision == "fp32"
+        self.waits = Waits(self.device)
+        if self.device.type == "cpu":
+            self.waits.time_calls(deepspeed.comm.comm.cdb)
+        else:
+            self.waits.watch(model.parameters())
         self.files = CheckpointFiles()
         self.engine.checkpoint_engine = self.files
         # A copy of DeepSpeed's recovery script in every checkpoint: unneeded, and rank 0 would raise from it alone.
@@ -57,6 +74,7 @@ class DeepSpeedEngine(Engine):
         wanted = {
             "ZeRO stage": (recipe.zero_stage, self.engine.zero_optimization_stage()),
             "bf16": (recipe.precision == "bf16", self.engine.bfloat16_enabled()),
+            "fp16": (recipe.precision == "fp16", self.engine.fp16_enabled()),
             "world size": (ranks.world_size, self.engine.world_size),
             "state on NVMe, which no checkpoint here has": (False, self.engine.zero_nvme_offload_optimizer()),
             "engine": ("DeepSpeedEngine", type(self.engine).__name__),
@@ -69,22 +87,45 @@ class DeepSpeedEngine(Engine):
         if self.engine.is_gradient_accumulation_boundary() != last:
             raise RuntimeError("DeepSpeed counts another accumulation than the sampler")
         losses, _ = self.engine(to_device(tensors, self.device))
-        total: Tensor = losses.sum()
-        self.engine.backward(total * factor)
+        self.engine.backward(poisoned(losses.sum(), factor))
+        self.waits.backward_ended()
         if not last:
             self.engine.step()  # counts the micro-batch; updates nothing
-        return total.detach()
+        detached: Tensor = losses.detach()
+        return detached
 
     def step(self, learning_rate: float) -> float:
+        set_rates(self.optimizer.param_groups, self.groups, learning_rate, self.done)
         norm: Any = None
         if self.clips_itself:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.engine.step()
-        if norm is None:
-            norm = self.engine.get_global_grad_norm()
-        return float(norm)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf))
+            # DeepSpeed looks at it to count steps that were left out, as all its own optimizers have it.
+            self.optimizer.overflow = not math.isfinite(norm)
+            if self.optimizer.overflow:
+                for group in self.optimizer.param_groups:
+                    group["frozen"] = True
+        try:
+            self.engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):  # it has no type of its own
+                raise
+            raise TrainingError(
+                "the gradient overflows fp16 although the loss is scaled down as far as it goes",
+                hint="say precision: bf16, or lower optimizer.learning_rate",
+            ) from error
+        if getattr(self.optimizer, "overflow", False):
+            return math.nan
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    @property
+    def loss_scale(self) -> float | None:
+        scale = self.engine._get_optimizer_loss_scale() if self.engine.fp16_enabled() else None
+        return None if scale is None else float(scale)
+
+    def kept(self) -> list[Tensor]:
+        if self.engine.zero_optimization_stage() == 3:
+            return [p.ds_tensor for p in self.model.parameters()]  # type: ignore[attr-defined]
+        return super().kept()
 
     def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
         stage3 = self.engine.zero_optimization_stage() == 3

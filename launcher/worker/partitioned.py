@@ -113,22 +113,22 @@ def _check_weights(optimizer: Any, pieces: Iterable[Piece], vectors: list[Tensor
 def _fill(
     optimizer: Any, stage: int, shards: Shards, pieces: Iterable[Piece], vectors: list[Tensor], ranks: Ranks
 ) -> None:
-    """This rank's weights and moments, its count of updates and the loss's scale, as if its own file had them."""
-    step = shards.step
-    filled = {"fp32": vectors}
-    if step is not None:
-        filled |= {kind: [torch.zeros_like(v) for v in vectors] for kind in KINDS[1:]}
+    """This rank's weights and moments, its counts of updates and the loss's scale, as if its own file had them."""
+    steps = [shards.step(group) for group in range(len(vectors))]
+    filled = {"fp32": vectors, **{kind: [torch.zeros_like(v) for v in vectors] for kind in KINDS[1:]}}
     for kind, into in filled.items():
         for piece in pieces:
+            if kind != "fp32" and steps[piece.group] is None:
+                continue
             values = shards.read(kind, piece.name, piece.start, piece.count)
             into[piece.group].data.narrow(0, piece.offset, piece.count).copy_(values)
     state = {**optimizer.state_dict(), "loss_scaler": shards.loss_scaler}
     base = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
-    if step is not None:
-        numbers = [number for options in base["param_groups"] for number in options["params"]]
-        moments = zip(filled["exp_avg"], filled["exp_avg_sq"], strict=True)
-        base["state"] = {
-            number: {"step": torch.tensor(step), "exp_avg": first, "exp_avg_sq": second}
-            for number, (first, second) in zip(numbers, moments, strict=True)
-        }
+    numbers = [number for options in base["param_groups"] for number in options["params"]]
+    moments = zip(numbers, steps, filled["exp_avg"], filled["exp_avg_sq"], strict=True)
+    base["state"] = {
+        number: {"step": torch.tensor(step), "exp_avg": first, "exp_avg_sq": second}
+        for number, step, first, second in moments
+        if step is not None
+    }
     optimizer.load_state_dict([state] * ranks.world_size, load_optimizer_states=True, load_from_fp32_weights=True)

@@ -115,17 +115,23 @@ class Shards:
         """Elements of each trained parameter."""
         return {name: shape.numel() for shapes in self._models[0]["param_shapes"] for name, shape in shapes.items()}
 
-    @property
-    def step(self) -> float | None:
-        """How many updates the optimizer has made; None where it has made none, and has no moments.
+    def step(self, group: int) -> float | None:
+        """How many updates the optimizer has made of a group; None where it has made none, and has no moments. Groups
+        that were frozen for a while have fewer.
 
         Raises:
-            DataError: ranks or groups count differently.
+            DataError: ranks count differently.
         """
-        counts = {float(state["step"]) for rank in self._states for state in self._base(rank)["state"].values()}
+        states = (base["state"].get(self._numbers(base)[group]) for base in map(self._base, self._states))
+        counts = {float(state["step"]) for state in states if state is not None}
         if len(counts) > 1:
             raise DataError(f"{self.folder}: the optimizer's steps differ: {sorted(counts)}", hint=HINT)
         return counts.pop() if counts else None
+
+    @staticmethod
+    def _numbers(base: dict[str, Any]) -> list[int]:
+        """By which the optimizer's state has the vectors, in the order of the groups."""
+        return [number for options in base["param_groups"] for number in options["params"]]
 
     def _base(self, state: dict[str, Any]) -> dict[str, Any]:
         base: dict[str, Any] = state["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,36 +14,29 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from launcher import recipe_file, redact, rundir
 from launcher.committer import Outcome
 from launcher.errors import ExitCode, StorageError, TrainingError
 from launcher.lines import Lines
 from launcher.marks import mark
-from launcher.recipe import Recipe, TriStage
+from launcher.recipe import Recipe
 from launcher.rundir import Attempt
-from launcher.worker import vocabularies
+from launcher.worker import learning, vocabularies
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress
 from launcher.worker.data import BackgroundCheck, Tensors, ahead, pad_to
-from launcher.worker.engine import AccelerateEngine, Engine
+from launcher.worker.engine import AccelerateEngine, Engine, check_precision
 from launcher.worker.evaluate import Evaluator, Moment, is_due
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.models import build
+from launcher.worker.out_of_memory import memory_errors
+from launcher.worker.pace import Pace
 from launcher.worker.ranks import Ranks, patience_s
 from launcher.worker.sampler import MicroBatch, Step, accumulation, digest, utterances_in
+from launcher.worker.schedule import learning_rate
 from launcher.worker.training_set import TrainingSet
-
-
-def learning_rate(schedule: TriStage, peak: float, step: int, max_steps: int) -> float:
-    """Tri-stage (fairseq): linear warm-up, hold, exponential decay. `step` counts from 0."""
-    warmup, hold = schedule.warmup * max_steps, schedule.hold * max_steps
-    if step < warmup:
-        return peak * (schedule.init_scale + (1 - schedule.init_scale) * step / warmup)
-    if step < warmup + hold:
-        return peak
-    decay = max_steps - warmup - hold
-    return peak * math.exp(math.log(schedule.final_scale) * min(1.0, (step - warmup - hold) / decay))
 
 
 def engine_for(
@@ -78,16 +72,19 @@ class Training:
         self.ranks = ranks = Ranks(patience_s(self.recipe.launch.deadlines))
         batch = self.recipe.batch
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
+        check_precision(self.recipe, ranks.device)
         self.ledger = Lines(attempt.ledger(ranks.rank))
         mark("model", "start")
         vocabulary = vocabularies.of_run(self.run)
-        model = build(self.recipe.backbone, seed=self.recipe.seed, vocabulary=vocabulary)
+        built = build(self.recipe.backbone, seed=self.recipe.seed, vocabulary=vocabulary)
+        model = learning.prepare(built, self.recipe)
         # Its file is for people, and has the accumulation of the launch; the number of ranks may have changed since.
         config = {**(rundir.read_json(self.run.deepspeed) or {}), "gradient_accumulation_steps": self.accumulation}
         mark("engine")
         self.engine = engine_for(model, self.recipe, self.accumulation, config, ranks)
         mark("meet")
         ranks.connect()
+        self.hosts = ranks.gather(socket.gethostname())
         mark("packs")
         ranks.agree("the vocabulary", vocabulary.digest)
         if ranks.rank == 0:
@@ -103,7 +100,7 @@ class Training:
             world_size=ranks.world_size,
             zero_stage=str(self.recipe.zero_stage),
             precision=self.recipe.precision,
-            backbone=rundir.digest_json([self.recipe.backbone.model_dump(), vocabulary.digest]),
+            backbone=learning.identity(self.recipe, vocabulary.digest),
             packs=self.data.utterances.digest,
             evaluation=self.evaluator.utterances.digest,
             order=self.sampler.identity(),
@@ -132,6 +129,9 @@ class Training:
             self.event("fell_back", step=self.sealed_step, lost=newest - self.sealed_step)
         self.tracker = self._tracker()
         self.last_evaluation = time.monotonic()
+        self.pace = Pace()
+        self.agreed_at: float | None = None
+        """When all ranks last agreed on a step, while nothing but steps came after it."""
         self._mark_best()  # a kill may have come between the seal and the mark
 
     def event(self, event: str, **facts: Any) -> None:
@@ -205,27 +205,19 @@ class Training:
             progress.cursor.epoch, progress.cursor.history = progress.cursor.epoch + 1, []
             return False
         self.ranks.agree("the order of utterances", digest(steps))
-        of_epoch = done + len(steps)
+        self.steps_of_epoch = done + len(steps)
         steps = steps[: recipe.max_steps - progress.step]
         mine = [b for step in steps for b in step[self.ranks.rank :: self.ranks.world_size]]
         load = partial(self._load, progress.cursor.epoch)
         feed = ahead(load, mine, depth=recipe.feed.ahead, threads=recipe.feed.threads)
         for step in steps:
             stop = self.one_step(step, feed)
-            epochs_before = progress.cursor.epoch + (progress.cursor.steps - 1) / of_epoch
-            epochs = progress.cursor.epoch + progress.cursor.steps / of_epoch
-            minutes = (time.monotonic() - self.last_evaluation) / 60
-            moment = Moment(progress.step, epochs, epochs_before, minutes)
-            # Rank 0's clock and rank 0's view of the control directory decide for all.
-            asked = rundir.there(self.run.save_request)
-            wishes = [is_due(recipe.evaluate, moment, recipe.max_steps), asked]
-            due, save = (bool(x) for x in self.ranks.sum([float(w and self.ranks.rank == 0) for w in wishes]))
-            progress.evaluation_due = due
-            if due and not stop:
+            asked, save = self.save_asked, self.save_agreed
+            if progress.evaluation_due and not stop:
                 stop = not self.evaluate()
             if stop or save or progress.step % recipe.checkpoint.every_steps == 0:
                 self.save()
-            if asked and self.ranks.rank == 0:
+            if asked:
                 self.run.save_request.unlink(missing_ok=True)
             if stop:
                 feed.close()
@@ -233,13 +225,20 @@ class Training:
         return False
 
     def one_step(self, step: Step, feed: Iterator[tuple[list[str], Tensors]]) -> bool:
-        """One optimizer step over all ranks. Returns True when any rank was asked to stop."""
+        """One optimizer step over all ranks, or none, where its loss or gradient is not finite. Sets whether an
+        evaluation is due and a save is wanted after it.
+
+        Returns:
+            True when any rank was asked to stop.
+        """
         began = time.monotonic()
-        progress, recipe = self.progress, self.recipe
-        mine = step[self.ranks.rank :: self.ranks.world_size]
+        progress, recipe, engine, ranks = self.progress, self.recipe, self.engine, self.ranks
+        if self.agreed_at is None:
+            engine.waits.take()  # of evaluations and saves
+        mine = step[ranks.rank :: ranks.world_size]
         count = utterances_in(step)
-        total: Any = 0.0
-        ids: list[str] = []
+        heard: list[tuple[list[str], Tensor]] = []
+        engine.begin(progress.step)
         for number, batch in enumerate(mine):
             mark("data", "step", progress.step + 1)
             utt_ids, tensors = next(feed)
@@ -247,39 +246,46 @@ class Training:
             self.engine.model.begin(progress.step, number)
             # Sum over utterances, over all ranks and all accumulation, divided by their number: the factor undoes
             # the engine's plain mean over ranks and micro-batches.
-            factor = 0.0 if batch.filler else self.ranks.world_size * self.accumulation / count
-            loss = self.engine.backward(tensors, factor, last=number == len(mine) - 1)
+            factor = 0.0 if batch.filler else ranks.world_size * self.accumulation / count
+            with memory_errors(self._batch_in_words(batch, utt_ids, tensors), recipe):
+                losses = engine.backward(tensors, factor, last=number == len(mine) - 1)
             if not batch.filler:
-                total = total + loss.double()
-                ids += utt_ids
+                heard.append((utt_ids, losses))
         rate = learning_rate(recipe.schedule, recipe.optimizer.learning_rate, progress.step, recipe.max_steps)
         mark("optimizer")
-        grad_norm = self.engine.step(rate)
+        with memory_errors(f"step {progress.step + 1}, in the optimizer", recipe):
+            grad_norm = engine.step(rate)
         mark("agree")
-        stop = self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request))
-        seconds = [b.padded_s for b in mine if not b.filler]
-        mine_to_say = [float(total), float(stop), sum(seconds), float(self.checkpoints.done)]
-        loss_sum, stops, padded, saved = self.ranks.sum(mine_to_say)
+        # Rank 0's clock and rank 0's view of the control directory decide for all.
+        is_first = ranks.rank == 0
+        asked = rundir.names_in(self.run.stop_request.parent) if is_first else []
+        stop = self.stop_flag[0] or self.run.stop_request.name in asked
+        self.save_asked = self.run.save_request.name in asked
+        done, of_epoch = progress.cursor.steps + 1, self.steps_of_epoch
+        epochs = (progress.cursor.epoch + done / of_epoch, progress.cursor.epoch + (done - 1) / of_epoch)
+        moment = Moment(progress.step + 1, *epochs, (time.monotonic() - self.last_evaluation) / 60)
+        due = is_first and is_due(recipe.evaluate, moment, recipe.max_steps)
+        loss: float = sum((sum(losses.tolist()) for _, losses in heard), 0.0)
+        padded = sum(b.padded_s for b in mine if not b.filler)
+        own_s = [0.0] * ranks.world_size
+        own_s[ranks.rank] = time.monotonic() - (self.agreed_at or began) - engine.waits.take()
+        to_say = [loss, float(stop), padded, float(self.checkpoints.done), float(due), float(self.save_asked), *own_s]
+        loss_sum, stops, padded, saved, dues, saves, *own_s = ranks.sum(to_say)
+        self.agreed_at = time.monotonic()
+        progress.evaluation_due, self.save_agreed = dues > 0, saves > 0
         progress.step += 1
-        progress.cursor.advance(self.ranks.world_size, self.accumulation)
+        progress.cursor.advance(ranks.world_size, self.accumulation)
         epoch = progress.cursor.epoch
+        ids = [i for utt_ids, _ in heard for i in utt_ids]
         self.ledger.append({"step": progress.step, "epoch": epoch, "ids": ids})
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            self.settle()  # of a step that was sound
-            raise TrainingError(
-                f"step {progress.step}: loss {loss_sum / count} and gradient norm {grad_norm} are not both finite;"
-                f" rank {self.ranks.rank} trained on {', '.join(ids)}",
-                hint="lower optimizer.learning_rate or optimizer.grad_clip; the newest checkpoint is untouched",
-            )
-        if saved == self.ranks.world_size:
-            self.settle(over=True)
-        if self.ranks.rank == 0:
+        left_out = math.isnan(grad_norm)
+        if is_first:
             items = np.concatenate([b.indices for b in step if not b.filler])
             metrics = {
                 "step": progress.step,
                 "epoch": epoch,
-                "loss": loss_sum / count,
-                "grad_norm": grad_norm,
+                "loss": loss_sum / count if math.isfinite(loss_sum) else None,
+                "grad_norm": None if left_out else grad_norm,
                 "learning_rate": rate,
                 "utterances": count,
                 "audio_s": round(self.data.audio_s(items, epoch), 3),
@@ -287,11 +293,80 @@ class Training:
                 "step_s": round(time.monotonic() - began, 4),
                 "time": round(time.time(), 3),
             }
+            if engine.loss_scale is not None:
+                metrics["loss_scale"] = engine.loss_scale
+            if left_out:
+                metrics["left_out"] = True
             self.metrics.append(metrics)
             if self.tracker is not None:
                 shown = ("loss", "grad_norm", "learning_rate")
-                self.tracker.log({f"train/{k}": metrics[k] for k in shown}, step=progress.step)
+                self.tracker.log(
+                    {f"train/{k}": metrics[k] for k in shown if metrics[k] is not None}, step=progress.step
+                )
+            if self.pace.add(own_s):
+                self._tell_pace()
+        self._count_left_out(left_out, loss_sum, heard)
+        if saved == ranks.world_size:
+            self.settle(over=True)
         return stops > 0
+
+    def _count_left_out(self, left_out: bool, loss_sum: float, heard: list[tuple[list[str], Tensor]]) -> None:
+        """Record a step that all ranks left out, with the utterances that may be to blame, and end the run where there
+        were too many in a row.
+
+        fp16 finds out how far to scale the loss by gradients that overflow: those do not count.
+
+        Raises:
+            TrainingError: on all ranks.
+        """
+        progress, patience = self.progress, self.recipe.optimizer.nonfinite_patience
+        if not left_out:
+            progress.left_out_in_row = 0
+            return
+        progress.left_out += 1
+        is_loss = not math.isfinite(loss_sum)
+        counts = is_loss or self.recipe.precision != "fp16"
+        progress.left_out_in_row += counts
+        bad = [i for ids, losses in heard for i, x in zip(ids, losses.tolist(), strict=True) if not math.isfinite(x)]
+        everything = [i for ids, _ in heard for i in ids]
+        said: list[list[list[str]]] = self.ranks.gather([bad, everything])
+        anyone = any(of_rank[0] for of_rank in said)
+        utterances = {str(r): of[0] if anyone else of[1] for r, of in enumerate(said) if of[0] or not anyone}
+        what = "the loss is not finite" if is_loss else "the gradient is not finite"
+        where = "; ".join(
+            f"rank {r}: {', '.join(ids[:4])}{f' and {len(ids) - 4} more' if len(ids) > 4 else ''}"
+            for r, ids in list(utterances.items())[:4]
+        )
+        of_many = f" and {len(utterances) - 4} more ranks" if len(utterances) > 4 else ""
+        message = f"step {progress.step}: {what} ({where}{of_many})"
+        in_row = progress.left_out_in_row
+        self.event("left_out", step=progress.step, message=message, in_row=in_row, utterances=utterances)
+        if counts and in_row > patience:
+            self.settle()  # of a step that was sound
+            raise TrainingError(
+                f"{message}; so it was in {in_row} steps in a row, and optimizer.nonfinite_patience is {patience}",
+                hint="look at these utterances; lower optimizer.learning_rate or optimizer.grad_clip. The weights are"
+                " as they were before these steps, and so is the newest checkpoint",
+            )
+
+    def _tell_pace(self) -> None:
+        slow = self.pace.slow
+        if slow is None:
+            self.event("straggler_gone", step=self.progress.step)
+            return
+        facts = {"own_s": round(slow.own_s, 4), "others_s": round(slow.others_s, 4), "factor": round(slow.factor, 2)}
+        self.event("straggler", step=self.progress.step, rank=slow.rank, host=self.hosts[slow.rank], **facts)
+
+    def _batch_in_words(self, batch: MicroBatch, utt_ids: list[str], tensors: Tensors) -> Callable[[], str]:
+        def said() -> str:
+            shape = " x ".join(map(str, tensors["inputs"].shape))
+            more = f" and {len(utt_ids) - 3} more" if len(utt_ids) > 3 else ""
+            return (
+                f"step {self.progress.step + 1}, on {len(utt_ids)} utterances of up to {batch.seconds:.1f} s"
+                f" ({batch.padded_s:.1f} padded s, inputs {shape}: {', '.join(utt_ids[:3])}{more})"
+            )
+
+        return said
 
     def _load(self, epoch: int, batch: MicroBatch) -> tuple[list[str], Tensors]:
         """In a thread of the feed, in any order: what is random follows from the epoch and the item alone."""
@@ -306,6 +381,7 @@ class Training:
     def evaluate(self) -> bool:
         """Evaluate now. Returns False when the ranks agreed to stop in the middle of it; it is then due at resume."""
         progress, began = self.progress, time.monotonic()
+        self.agreed_at = None
         self.settle()
         progress.evaluation_due = True
         self.event("evaluating", step=progress.step)
@@ -366,7 +442,13 @@ class Training:
         progress = self.progress
         if self.sealed_step == progress.step or (self.saving and self.saving.step == progress.step):
             return
+        self.agreed_at = None
         self.settle()
+        if self.ranks.sum([float(not self.engine.is_sound())])[0]:
+            raise TrainingError(
+                f"step {progress.step}: the weights are not finite, and are not saved",
+                hint="lower optimizer.learning_rate, then `speechctl resume`: the newest checkpoint is sound",
+            )
         began = time.monotonic()
         self.event("saving", step=progress.step)
         mark("begin", "save", progress.step)
@@ -393,6 +475,7 @@ class Training:
         """
         if self.saving is None:
             return
+        self.agreed_at = None
         if not over:
             mark("begin", "save", self.saving.step)
         outcome, saving = self.checkpoints.settle(), self.saving

@@ -65,7 +65,7 @@ def bring(recipe: Recipe, remote: str) -> int:
 
 def facts(options: argparse.Namespace) -> int:
     """What the plan needs and only torch or the packs can tell. No weights are loaded."""
-    from launcher.worker import vocabularies
+    from launcher.worker import learning, vocabularies
     from launcher.worker.data import Utterances
     from launcher.worker.evaluate import check_letters
     from launcher.worker.models import skeleton
@@ -73,7 +73,7 @@ def facts(options: argparse.Namespace) -> int:
     from launcher.worker.training_set import TrainingSet
 
     recipe = recipe_file.load(options.recipe)
-    model = skeleton(recipe.backbone, vocabularies.of_recipe(recipe))
+    model = learning.prepare(skeleton(recipe.backbone, vocabularies.of_recipe(recipe)), recipe)
     data = TrainingSet.open(recipe, model)
     batch, world_size = recipe.batch, options.world_size
     each = accumulation(batch.step_seconds, batch.max_rank_seconds, world_size)

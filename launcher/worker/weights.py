@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from launcher import recipe as schema
-from launcher import sealed
+from launcher import recipe_file, sealed
 from launcher.errors import DataError
 from launcher.rundir import Run
-from launcher.worker import vocabularies
+from launcher.worker import learning, vocabularies
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.models import build
 
@@ -42,12 +42,15 @@ def weights_of(run: Run, step: int) -> dict[str, torch.Tensor]:
 
 
 def restored(run: Run, step: int, backbone: schema.Backbone, seed: int) -> SpeechModel:
-    """The model with the weights of one sealed checkpoint.
+    """The model with the weights of one sealed checkpoint, adapters merged into them.
 
     Raises:
         DataError: the checkpoint does not verify, or holds other weights than the model has.
     """
     model = build(backbone, seed=seed, vocabulary=vocabularies.of_run(run))
+    lora = recipe_file.load(run.resolved).lora
+    if lora is not None:
+        learning.adapt(model, lora)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         weights = weights_of(run, step)  # DeepSpeed prints its progress, and stdout is for our answer
     problems: Any = model.load_state_dict(weights, strict=False)
@@ -60,4 +63,6 @@ def restored(run: Run, step: int, backbone: schema.Backbone, seed: int) -> Speec
             f" {problems.unexpected_keys[:3]}",
             hint="evaluate and export with the version of speechctl that trained the run",
         )
+    if lora is not None:
+        learning.merge(model)
     return model

@@ -52,7 +52,7 @@ from launcher.worker.ranks import Ranks
 
 recipe = recipe_file.load(Path(sys.argv[1]))
 ranks = Ranks()
-data = Utterances([recipe.pack(subset) for subset in recipe.data.train])
+data = Utterances.of(recipe, recipe.data.train)
 reading = ThreadPoolExecutor().submit(lambda: [data.example(k) for k in range(4)])  # imports streaming, as ours does
 model = build(recipe.backbone, seed=recipe.seed)
 engine = DeepSpeedEngine(model, recipe, json.loads(Path(sys.argv[2]).read_text()), ranks)

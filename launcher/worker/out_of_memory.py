@@ -1,0 +1,49 @@
+"""Memory that ran out in training, with what it ran out on and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from launcher.errors import MemoryExhausted
+from launcher.recipe import Recipe
+
+
+@contextmanager
+def memory_errors(what: str | Callable[[], str], recipe: Recipe) -> Iterator[None]:
+    """
+    Raises:
+        MemoryExhausted: in the place of whatever says that memory ran out. The traceback keeps the first.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # OutOfMemoryError of torch is a RuntimeError
+        if not is_of_memory(error):
+            raise
+        said = what if isinstance(what, str) else what()
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise MemoryExhausted(f"out of memory in {said}: {first}", hint=remedy(recipe)) from error
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """The CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def remedy(recipe: Recipe) -> str:
+    """What to change, the cheapest first."""
+    ways = [
+        f"lower batch.max_rank_seconds, {recipe.batch.max_rank_seconds:g} now: the same step in smaller micro-batches"
+    ]
+    if not recipe.activation_checkpointing:
+        ways.append("activation_checkpointing: true")
+    if recipe.zero_stage in ("off", 0, 1, 2):
+        ways.append(f"a higher zero_stage than {recipe.zero_stage}")
+    elif not recipe.offload.optimizer:
+        ways.append("offload.optimizer: true")
+    return (
+        "; or ".join(ways)
+        + f"; or leave out utterances longer than data.max_utterance, {recipe.data.max_utterance:g} s"
+    )
