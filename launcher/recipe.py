@@ -24,7 +24,7 @@ from launcher.recipe_backbone import WhisperCtc as WhisperCtc
 from launcher.recipe_feed import Augment, Feed
 from launcher.recipe_launch import Launch
 from launcher.recipe_optimization import Freeze, Lora, Offload, Optimizer, RawDeepSpeed, Schedule
-from launcher.recipe_values import Bytes, Count, Location, Name, Seconds, Section
+from launcher.recipe_values import Bytes, Count, Fraction, Location, Name, Seconds, Section
 
 
 def _no_bool(value: Any) -> Any:
@@ -106,6 +106,14 @@ class Batch(Section):
     takes memory and time by the square. Default: as T."""
 
 
+class EarlyStopping(Section):
+    patience: Annotated[Count, Field(ge=1, examples=[5])]
+    """End the run when so many evaluations in a row have not brought a lower WER, by `best_on`."""
+
+    min_delta: Fraction = 0.0
+    """A WER is lower when it is lower by more than this: 0.001 is a tenth of a percentage point."""
+
+
 class Evaluate(Section):
     subsets: Annotated[list[Name], AfterValidator(_each_once), Field(min_length=1, examples=["[dev-clean]"])]
     """Subsets to evaluate on; WER is over all of them together, and for each."""
@@ -128,14 +136,34 @@ class Evaluate(Section):
     at_end: bool = True
     """Also after the last step."""
 
-    mode: Literal["collective"] = "collective"
-    """Who computes. `collective`: all ranks share the batches; rank 0 scores and publishes."""
+    mode: Literal["collective", "rank0", "sidecar"] = "collective"
+    """Who computes; rank 0 scores and publishes, and the WER is the same. `collective`: all ranks share the batches.
+    `rank0`: rank 0 alone, while the others wait. `sidecar`: a process beside rank 0 evaluates a checkpoint, sealed at
+    each evaluation, while training goes on; whatever becomes of that process, training is not touched."""
+
+    sidecar_device: Literal["cpu"] | Annotated[int, Field(ge=0, strict=True)] = "cpu"
+    """What a sidecar computes on: `cpu`, or the number of a GPU of rank 0's machine that no rank trains on."""
+
+    best_on: Name | None = None
+    """The subset whose WER decides which checkpoint is the best, and early stopping. Default: all subsets together."""
+
+    early_stopping: EarlyStopping | None = None
+    """End the run when evaluations no longer bring a lower WER. Default: it goes on to `max_steps`."""
 
     normalizer: Literal["librispeech", "whisper-english"] = "librispeech"
     """Applied to both sides before words are compared. Numbers under different normalizers cannot be compared."""
 
     batch_seconds: Seconds = 120
     """Padded audio in one evaluation batch of one rank."""
+
+    @model_validator(mode="after")
+    def _names(self) -> Evaluate:
+        if self.best_on is not None and self.best_on not in self.subsets:
+            raise ValueError(f"best_on {self.best_on} is none of the subsets to evaluate on: {', '.join(self.subsets)}")
+        never = not (self.every_steps or self.every_epochs or self.every_minutes)
+        if self.early_stopping is not None and never:
+            raise ValueError("early_stopping needs evaluations: set every_steps, every_epochs or every_minutes")
+        return self
 
 
 class Checkpoint(Section):

@@ -45,6 +45,8 @@ class Start:
     failure: dict[str, Any] | None
     asked: str | None
     """Who or what asked it to stop, where it stopped for that."""
+    why: str = ""
+    """Why it ended before the last step, where it had come to its end."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Report:
     """Step and WER of the best checkpoint, while it is there."""
     evaluations: list[dict[str, Any]]
     """By step."""
+    unevaluated: list[dict[str, Any]]
+    """Evaluations beside training that came to nothing, and were not made up for: step, error, log."""
     metrics: list[dict[str, Any]]
     """One a step, without those that were rolled back."""
     attempts: int
@@ -134,14 +138,18 @@ def _read(run: Run) -> Report:
     attempts = run.attempts()
     paths = [p for p in sorted(run.evaluations.glob("step-*.json")) if p.name.count(".") == 1]
     evaluations: list[dict[str, Any]] = [rundir.read_json(p) for p in paths]
+    unevaluated: dict[int, dict[str, Any]] = {}
     metrics: dict[int, dict[str, Any]] = {}
     reached: dict[int, tuple[int, int]] = {}
     for attempt in attempts:
-        started = [e for e in rundir.read_lines(attempt.events) if e["event"] == "started"]
+        events = rundir.read_lines(attempt.events)
+        started = [e for e in events if e["event"] == "started"]
         if started:  # what older attempts did behind the step that it resumed from was rolled back
             step = started[0]["step"]
             metrics = {s: m for s, m in metrics.items() if s <= step}
             evaluations = [e for e in evaluations if e["step"] <= step or e["attempt"] >= attempt.number]
+            unevaluated = {s: e for s, e in unevaluated.items() if s <= step}
+        unevaluated |= {e["step"]: e for e in events if e["event"] == "evaluation_failed"}
         own = {m["step"]: m for m in rundir.read_lines(attempt.metrics)}
         metrics.update(own)
         if started:
@@ -161,6 +169,7 @@ def _read(run: Run) -> Report:
         sealed=sealed,
         best=best if best is not None and best["step"] in sealed else None,
         evaluations=evaluations,
+        unevaluated=[row for s, row in sorted(unevaluated.items()) if s not in {e["step"] for e in evaluations}],
         metrics=[metrics[step] for step in sorted(metrics)],
         attempts=len(attempts),
         failure=history[-1].failure if history else None,
@@ -203,6 +212,7 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
         asked=next((r.get("asked") for r in reversed(noted) if r["event"] == "ended"), None)
         if code == ExitCode.STOPPED
         else None,
+        why=str((ended or {}).get("why", "")) if state == "finished" else "",
     )
 
 
@@ -264,6 +274,10 @@ def span(numbers: Sequence[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def unevaluated(value: Report) -> list[str]:
+    return [f"step {e['step']} was not evaluated: {e['error']} (log: {e['log']})" for e in value.unevaluated]
 
 
 def samples(run: Run, step: int, count: int) -> list[dict[str, Any]]:

@@ -93,8 +93,9 @@ def wers(run: Run, steps: Sequence[int]) -> dict[int, float]:
     found = {}
     for step in steps:
         try:
-            found[step] = float(rundir.read_json(run.evaluation(step))["wer"])
-        except (DataError, OSError, TypeError, KeyError, ValueError):
+            value = rundir.read_json(run.evaluation(step))
+            found[step] = float(value.get("criterion", value)["wer"])
+        except (DataError, OSError, TypeError, KeyError, ValueError, AttributeError):
             continue
     return found
 

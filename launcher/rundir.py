@@ -115,6 +115,7 @@ class Attempt:
         self.stacks = root / "stacks"
         self.progress_dir = root / "progress"
         self.alive = root / "alive"
+        self.evaluation_log = self.logs / "evaluation.log"
 
     def node(self, node_rank: int) -> Path:
         return self.root / f"node-{node_rank:03d}.json"

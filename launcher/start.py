@@ -125,7 +125,8 @@ def resume(
         return follow.tell_detached(run, *["--fresh"] * fresh, *words)
     with (jobs.LockInJob if in_allocation else RunLock)(run, _command()):
         state = report.read(run)
-        if state.state == "finished" and state.max_steps in state.sealed and not fresh:
+        is_whole = state.max_steps in state.sealed or (state.history and state.history[-1].why)
+        if state.state == "finished" and is_whole and not fresh:
             ui.say(f"{run.root} is finished")
             show(run)
             return ExitCode.FINISHED

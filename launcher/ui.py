@@ -163,6 +163,8 @@ LINES = {
     "straggler": "step {step}: the others wait for rank {rank} on {host}: it takes {factor:.1f}x as long as they do"
     " ({own_s:.3f} s a step, {others_s:.3f} s)",
     "straggler_gone": "step {step}: no rank is slower than the others any more",
+    "evaluation_failed": "step {step}: not evaluated: {error}; training goes on",
+    "early_stopping": "step {step}: {why}",
     "stopping": "stopping: the ranks finish their step and seal it (Ctrl-C again ends them at once)",
     "killing": "ending the ranks now; sealed checkpoints stay",
     "relaunching": "attempt {attempt} failed: {message}",

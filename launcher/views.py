@@ -179,6 +179,7 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
             ("sealed", (", ".join(str(s) for s in value.sealed) or "none yet") + best),
             *([("left out", left_out(value))] if value.left_out else []),
             *([("slow", slow(value.straggler))] if value.straggler else []),
+            *(("evaluation", line) for line in reports.unevaluated(value)[-3:]),
             *(("avoided", f"{a['host']}: {a.get('why', '')}{until(a)}") for a in value.avoided),
         ]
     )
@@ -220,6 +221,8 @@ def state(value: Report) -> str:
     """The state in words."""
     if value.holder is not None:
         return f"running: pid {value.holder.get('pid', '?')} on {value.holder.get('host', '?')}"
+    if value.state == "finished" and value.history[-1].why:
+        return f"finished: {value.history[-1].why}"
     return {
         "created": "created, not started yet",
         "interrupted": "interrupted: the launcher was gone before it could say how the ranks ended",
@@ -291,8 +294,9 @@ def at_work(node: Node) -> tuple[str, str]:
 def why(value: Diagnosis) -> None:
     """A failure as a person reads it at night: first what happened, then how that is known, last what to type."""
     rows = [("run", f"{value.name} in {value.run_dir}, {value.state}")]
+    unevaluated = [("evaluation", line) for line in value.unevaluated[-3:]]
     if value.code is None:
-        ui.grid([rows[0], ("attempt" if value.attempt else "state", value.message)])
+        ui.grid([rows[0], ("attempt" if value.attempt else "state", value.message), *unevaluated])
     else:
         code = ExitCode(value.code).name.lower().replace("_", " ")
         verdict = None if value.verdict is None else VERDICTS.get(value.verdict, value.verdict)
@@ -307,6 +311,7 @@ def why(value: Diagnosis) -> None:
             ("others", value.others),
             ("then", value.followed),
             *(("evidence" if k == 0 else "", line) for k, line in enumerate(value.evidence)),
+            *unevaluated,
         ]
         ui.grid([(name, text) for name, text in rows if text])
     for excerpt in value.excerpts:
@@ -331,6 +336,8 @@ def curve(evaluations: list[dict[str, Any]]) -> None:
     """WER over the steps, a bar for each evaluation."""
     first = evaluations[0]["wer"]
     best = min(e["wer"] for e in evaluations)
+    if len({e.get("normalizer") for e in evaluations}) > 1:
+        ui.answer("these are under different normalizers and cannot be compared")
     ui.answer(f"{'step':>8}  {'WER':>7}  {'sub':>5} {'ins':>5} {'del':>5} {'words':>6}  loss")
     for e in evaluations:
         counts = f"{e['substitutions']:>5} {e['insertions']:>5} {e['deletions']:>5} {e['words']:>6}"

@@ -59,6 +59,8 @@ class Diagnosis:
     hint: str
     """Empty where the run went on since."""
     commands: list[str]
+    unevaluated: list[str]
+    """Evaluations beside training that came to nothing, a line each, of whatever attempt."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +103,7 @@ def diagnose(run: Run, number: int | None) -> Diagnosis:
         earlier=[s for s in value.history if s.state in ENDED and s.number < start.number],
         hint=failure["hint"] if value.state != "running" and start is value.history[-1] else "",
         commands=_commands(run, value, start, failure),
+        unevaluated=report.unevaluated(value),
     )
 
 
@@ -128,6 +131,7 @@ def _healthy(run: Run, value: Report, start: Start | None) -> Diagnosis:
         earlier=[],
         hint="",
         commands=[f"speechctl status {root}"] if value.state != "created" else report.commands(value),
+        unevaluated=report.unevaluated(value),
         **nothing,
     )
 

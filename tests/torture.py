@@ -95,6 +95,7 @@ PARTS = (
     _saves("kills-in-exports", "test_staging.py", "kill", "kills of a process that seals a directory", 20, 1000),
     _saves("schedules", "test_audit.py", "any_schedule", "tests", 200),
     Part("reshard", _pytest("tests/worker/test_reshard.py"), {"SPEECHCTL_TEST_RESHARD": "all"}, "tests", 54),
+    Part("modes", _pytest("tests/worker/test_modes.py"), {"SPEECHCTL_TEST_MODES": "all"}, "tests", 140),
     Part("peers", ("tests.faults.peers",), {}, "cells", 24),
     Part("kills", _pytest("tests/worker/test_train.py", "-k", "same_run"), {"SPEECHCTL_TEST_KILLS": "7"}, "kills", 21),
     Part(

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from launcher import marks, redact, rundir, sealed
@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--target", type=Path, required=True)
         if verb == "evaluate":
             command.add_argument("--subset", action="append", default=[])
+    sidecar = verbs.add_parser("sidecar")
+    sidecar.add_argument("attempt", type=Path)
+    sidecar.add_argument("--step", type=int, required=True)
     reshard = verbs.add_parser("reshard")
     reshard.add_argument("run", type=Path)
     reshard.add_argument("--step", type=int, required=True)
@@ -62,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verb == "train":
         return train_rank(rundir.Attempt(options.attempt), options.fresh, options.debug)
     end_with_parent()
+    if options.verb == "sidecar":
+        beside_training()
     try:
         if options.verb in ("allreduce", "fetch"):
             from launcher.worker import preflight as implementations
@@ -78,9 +83,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def reading(options: argparse.Namespace) -> AbstractContextManager[None]:
     """The lease of a verb that works on a checkpoint: a run that goes on meanwhile does not remove it."""
-    if options.verb not in ("evaluate", "export"):
+    if options.verb not in ("evaluate", "export", "sidecar"):
         return nullcontext()
-    return sealed.lease(rundir.Run(options.run).checkpoint(options.step))
+    run = rundir.Attempt(options.attempt).run if options.verb == "sidecar" else rundir.Run(options.run)
+    return sealed.lease(run.checkpoint(options.step))
+
+
+def beside_training() -> None:
+    """What becomes of a process that rank 0 starts must not reach training: the kernel takes it first, for time and for
+    memory. Rank 0 ends it, and nobody else."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is said to a rank's group is meant for the rank
+    os.nice(10)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    redact.use_environment(os.environ)
+    redact.filter_output()
+    marks.open_slot(0, 0)
+    marks.mark("imports")
 
 
 def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:

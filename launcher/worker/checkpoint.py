@@ -29,6 +29,7 @@ from launcher.recipe import Checkpoint as CheckpointOptions
 from launcher.retention import Rules
 from launcher.rundir import Attempt, Run
 from launcher.worker import reshard
+from launcher.worker.cadence import Patience
 from launcher.worker.engine import Engine
 from launcher.worker.host_memory import HostMemory
 from launcher.worker.ranks import TIMEOUT_S, Ranks
@@ -51,6 +52,10 @@ class Progress:
     """Steps whose loss or gradient was not finite."""
     left_out_in_row: int = 0
     """Those just before `step`, as far as they count."""
+    patience: Patience = field(default_factory=Patience)
+    """Of early stopping."""
+    awaiting: list[int] = field(default_factory=list)
+    """Steps whose evaluation beside training was asked for and has not come in yet."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -62,12 +67,18 @@ class Progress:
             "best_step": self.best_step,
             "left_out": self.left_out,
             "left_out_in_row": self.left_out_in_row,
+            "lowest_wer": None if math.isinf(self.patience.lowest) else self.patience.lowest,
+            "in_vain": self.patience.in_vain,
+            "awaiting": list(self.awaiting),
         }
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Progress:
-        best = math.inf if value["best_wer"] is None else value["best_wer"]
-        return Progress(**{**value, "cursor": Cursor.from_json(value["cursor"]), "best_wer": best})
+        value = dict(value)
+        best, lowest = (math.inf if w is None else w for w in (value["best_wer"], value.pop("lowest_wer", None)))
+        patience = Patience(lowest, value.pop("in_vain", 0))
+        cursor = Cursor.from_json(value["cursor"])
+        return Progress(**{**value, "cursor": cursor, "best_wer": best, "patience": patience})
 
 
 @dataclass(frozen=True)

@@ -107,17 +107,27 @@ class Engine(ABC):
         """Take back what `save` wrote by `saved_by` ranks, whatever their number. The files were verified before."""
         self.load(folder)  # where nothing is cut up
 
-    def infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
-        """Loss of each utterance and greedy transcripts, without dropout, masking or gradients."""
-        self.model.eval()
+    def alone(self) -> SpeechModel | None:
+        """A model with the weights of now, that rank 0 can compute with while the others do not; None on those. All
+        ranks ask for it together."""
+        return self.model
+
+    def infer(self, tensors: Tensors, alone: SpeechModel | None = None) -> tuple[Tensor, list[str]]:
+        """Loss of each utterance and greedy transcripts, without dropout, masking or gradients.
+
+        Args:
+            alone: the model of `alone`, where the other ranks do not take part.
+        """
+        model = alone or self.model
+        model.eval()
         try:
             with torch.no_grad():
-                return self._infer(to_device(tensors, self.device))
+                return self._infer(to_device(tensors, self.device), alone)
         finally:
-            self.model.train()
+            model.train()
 
-    def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
-        losses, texts = self.model(tensors, transcribe=True)
+    def _infer(self, tensors: Tensors, alone: SpeechModel | None) -> tuple[Tensor, list[str]]:
+        losses, texts = (alone or self.model)(tensors, transcribe=True)
         return losses, texts
 
     def losses(self, tensors: Tensors, model: SpeechModel | None = None) -> Tensor:
@@ -215,9 +225,9 @@ class AccelerateEngine(Engine):
         scaler = self.accelerator.scaler
         return None if scaler is None else float(scaler.get_scale())
 
-    def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
+    def _infer(self, tensors: Tensors, alone: SpeechModel | None) -> tuple[Tensor, list[str]]:
         with self.accelerator.autocast():
-            return super()._infer(tensors)
+            return super()._infer(tensors, alone)
 
     def _losses(self, model: SpeechModel, tensors: Tensors) -> Tensor:
         with self.accelerator.autocast():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ class DeepSpeedEngine(Engine):
         self.weights_type = WEIGHTS[recipe.precision]
         self.groups = groups(model, recipe)
         self.parameters = [p for group in self.groups for p in group.parameters]
+        self.copy: SpeechModel | None = None
+        """At ZeRO 3, where rank 0 evaluates alone: its own whole model, filled when it is asked for."""
+        if recipe.zero_stage == 3 and recipe.evaluate.mode == "rank0" and ranks.rank == 0:
+            self.copy = copy.deepcopy(model).requires_grad_(False).to(ranks.device, self.weights_type)
         on = torch.device("cpu") if recipe.offload.parameters else ranks.device
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(on), optimizer=optimizer_for(self.groups, recipe), config=config
@@ -127,7 +132,22 @@ class DeepSpeedEngine(Engine):
             return [p.ds_tensor for p in self.model.parameters()]  # type: ignore[attr-defined]
         return super().kept()
 
-    def _infer(self, tensors: Tensors) -> tuple[Tensor, list[str]]:
+    def alone(self) -> SpeechModel | None:
+        if self.engine.zero_optimization_stage() != 3:
+            return super().alone()
+        copied = {} if self.copy is None else {**dict(self.copy.named_parameters()), **dict(self.copy.named_buffers())}
+        for name, parameter in self.engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):  # one by one: all of it at once may be too much
+                if copied:
+                    copied[name].data.copy_(parameter.data)
+        for name, buffer in self.engine.module.named_buffers():
+            if copied:
+                copied[name].copy_(buffer)
+        return self.copy
+
+    def _infer(self, tensors: Tensors, alone: SpeechModel | None) -> tuple[Tensor, list[str]]:
+        if alone is not None:
+            return super()._infer(tensors, alone)
         stage3 = self.engine.zero_optimization_stage() == 3
         losses, texts = self.engine.module(tensors, transcribe=True, in_step=stage3)
         return losses, texts

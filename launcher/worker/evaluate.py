@@ -1,101 +1,30 @@
-"""WER at rank 0's cadence: rank 0 decides when, scores and publishes; all ranks compute.
+"""The evaluation subsets of a run, computed by all ranks together or by one process alone, scored and published.
 
-Batches are cut from lengths alone, the same at every world size. WER is the sum of errors over the sum of words.
+Batches are cut from lengths alone, the same in every mode and at every world size. WER is the sum of errors over the
+sum of words. When a run evaluates is in `cadence.py`, what is counted in `score.py`, who computes in `evaluating.py`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import jiwer
 
 from launcher import recipe as schema
 from launcher import rundir
 from launcher.errors import DataError
 from launcher.marks import mark
-from launcher.worker import shims
 from launcher.worker.backbone import CtcModel, SpeechModel
 from launcher.worker.data import Tensors, Utterances, ahead
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import evaluation_batches
+from launcher.worker.score import Scored, count, normalizer, tables
 
-# When ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What the cadence is decided on, after a step."""
-
-    step: int
-    epochs: float
-    """Epochs done, with a fraction."""
-    epochs_before: float
-    """The same, one step earlier."""
-    minutes_since_last: float
-    """By rank 0's clock, since the last evaluation ended or training began."""
-
-
-def is_due(cadence: schema.Evaluate, now: Moment, max_steps: int) -> bool:
-    """Whether rank 0 wants an evaluation now. Pure; tested as a table."""
-    if now.step == max_steps:
-        return cadence.at_end
-    if now.step < cadence.after_steps:
-        return False
-    if cadence.every_steps and now.step % cadence.every_steps == 0:
-        return True
-    if cadence.every_epochs and math.floor(now.epochs / cadence.every_epochs + 1e-9) > math.floor(
-        now.epochs_before / cadence.every_epochs + 1e-9
-    ):
-        return True
-    return cadence.every_minutes is not None and now.minutes_since_last >= cadence.every_minutes
-
-
-# What ----------------------------------------------------------------------------------------------------------------
-
-
-def normalizer(name: str) -> Callable[[str], str]:
-    """Text to words, the same on both sides. Numbers under different normalizers cannot be compared."""
-    if name == "librispeech":
-        return lambda text: " ".join(re.sub(r"[^A-Z' ]+", " ", text.upper()).split())
-    shims.apply()
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-    # Without the spelling table: checkpoints do not always carry it, and LibriSpeech's spelling is its own.
-    english: Callable[[str], str] = EnglishTextNormalizer({})
-    return english
-
-
-def score(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Errors of (reference, hypothesis) pairs, already normalized, as sums over all of them."""
-    references, hypotheses, inserted = [], [], 0
-    utterances = 0
-    for reference, hypothesis in pairs:
-        utterances += 1
-        if reference:
-            references.append(reference)
-            hypotheses.append(hypothesis)
-        else:  # jiwer takes no empty reference; whatever was heard there is inserted
-            inserted += len(hypothesis.split())
-    counts = {"substitutions": 0, "insertions": inserted, "deletions": 0, "words": 0}
-    if references:
-        output = jiwer.process_words(references, hypotheses)
-        counts["substitutions"] = output.substitutions
-        counts["insertions"] += output.insertions
-        counts["deletions"] = output.deletions
-        counts["words"] = output.hits + output.substitutions + output.deletions
-    errors = counts["substitutions"] + counts["insertions"] + counts["deletions"]
-    wer = errors / counts["words"] if counts["words"] else math.nan
-    return {"wer": wer, "errors": errors, **counts, "utterances": utterances}
-
-
-# Who -----------------------------------------------------------------------------------------------------------------
+Row = tuple[int, float, str]
+"""Of one utterance: its number, its loss, what was heard."""
 
 
 def check_letters(model: SpeechModel, utterances: Utterances) -> None:
@@ -114,8 +43,14 @@ def check_letters(model: SpeechModel, utterances: Utterances) -> None:
         )
 
 
+def criterion(cadence: schema.Evaluate, result: dict[str, Any]) -> float:
+    """The WER by which checkpoints are compared."""
+    of = result if cadence.best_on is None else result["subsets"].get(cadence.best_on, {})
+    return float(of.get("wer", math.nan))
+
+
 class Evaluator:
-    """The evaluation subsets of a run, ready to be computed by all ranks together."""
+    """The evaluation subsets of a run, ready to be computed."""
 
     def __init__(self, recipe: schema.Recipe, model: SpeechModel, ranks: Ranks) -> None:
         self.cadence = recipe.evaluate
@@ -126,9 +61,12 @@ class Evaluator:
         self.normalize = normalizer(recipe.evaluate.normalizer)
         padded = model.padded_samples(self.utterances.lengths["n_samples"].astype("int64"))
         self.batches = evaluation_batches(padded / SAMPLE_RATE_HZ, self.cadence.batch_seconds)
+        slots = sum(int(padded[batch].max()) * len(batch) for batch in self.batches)
+        self.padding = 1 - float(self.utterances.lengths["n_samples"].sum()) / slots
+        """Share of what was computed that is no sound. Where a model hears less than all of it, below zero."""
 
-    def compute(self, infer: Callable[[Tensors], Any], stop: Callable[[], bool]) -> list[tuple[int, float, str]] | None:
-        """Loss and transcript of every utterance, as (index, loss, text), on every rank.
+    def compute(self, infer: Callable[[Tensors], Any], stop: Callable[[], bool]) -> list[Row] | None:
+        """Every utterance, sorted, on every rank; all ranks compute.
 
         Every rank forwards the same number of batches: one that has none left repeats one and drops the result.
 
@@ -138,55 +76,83 @@ class Evaluator:
         mine = self.batches[self.ranks.rank :: self.ranks.world_size]
         rounds = math.ceil(len(self.batches) / self.ranks.world_size)
         work = mine + [self.batches[-1]] * (rounds - len(mine))
-        results: list[tuple[int, float, str]] = []
-        for number, tensors in enumerate(ahead(self._load, work)):
+
+        def asked() -> bool:
             mark("agree")
-            if self.ranks.sum([float(stop())])[0]:
-                return None
+            stopped = bool(self.ranks.sum([float(stop())])[0])
             mark("batch")
-            losses, texts = infer(tensors)
-            if number < len(mine):
-                rows = zip(work[number].tolist(), losses.tolist(), texts, strict=True)
-                results += [(int(i), float(loss), text) for i, loss, text in rows]
+            return stopped
+
+        results = self._forward(work, len(mine), infer, asked)
+        if results is None:
+            return None
         mark("gather")
         return sorted(row for share in self.ranks.gather(results) for row in share)
+
+    def alone(self, infer: Callable[[Tensors], Any], stop: Callable[[], bool]) -> list[Row] | None:
+        """The same by this process, without the others; `stop` is asked before each batch, and makes the marks."""
+        results = self._forward(self.batches, len(self.batches), infer, stop)
+        return None if results is None else sorted(results)
+
+    def _forward(
+        self, work: Sequence[Any], kept: int, infer: Callable[[Tensors], Any], stop: Callable[[], bool]
+    ) -> list[Row] | None:
+        results: list[Row] = []
+        for number, tensors in enumerate(ahead(self._load, work)):
+            if stop():
+                return None
+            losses, texts = infer(tensors)
+            if number < kept:
+                rows = zip(work[number].tolist(), losses.tolist(), texts, strict=True)
+                results += [(int(i), float(loss), text) for i, loss, text in rows]
+        return results
 
     def _load(self, indices: Any) -> Tensors:
         examples = [self.utterances.example(int(i)) for i in indices]
         return self.model.collate([e.waveform for e in examples], [e.text for e in examples])
 
     def publish(
-        self, target: Path, step: int, rows: list[tuple[int, float, str]], attempt: int, blocked_s: float
+        self, target: Path, step: int, rows: Sequence[Row], attempt: int, blocked_s: float, **facts: Any
     ) -> dict[str, Any]:
-        """Rank 0: check that each utterance came exactly once, score, and write the result whole.
+        """Check that each utterance came exactly once, score, and write the result whole. One process does it.
 
         Writes `target` and, first, `….hypotheses.jsonl` beside it. Returns what is in `target`.
+
+        Args:
+            blocked_s: for how long training stood still for it.
+            facts: what else the result says of itself.
         """
         if [row[0] for row in rows] != list(range(len(self.utterances))):
             raise RuntimeError(f"evaluation returned {len(rows)} results for {len(self.utterances)} utterances")
         limit = self.model.max_samples or math.inf
-        pairs: dict[str, list[tuple[str, str]]] = {s: [] for s in self.cadence.subsets}
-        lines = []
-        for index, loss, text in rows:
-            subset = self.utterances.subset_of(index)
-            row = self.utterances.row(index)
-            pair = self.normalize(row["text"]), self.normalize(text)
-            pairs[subset].append(pair)
-            lines.append(
-                {"utt_id": row["utt_id"], "subset": subset, "loss": loss, "text": text, "ref": pair[0], "hyp": pair[1]}
-            )
+        sexes = {p.path.name: (rundir.read_json(p.path / "stats.json") or {}) for p in self.utterances.packs}
+        samples = [self.utterances.row(index) for index, _, _ in rows]
+        pairs = [(self.normalize(s["text"]), self.normalize(r[2])) for s, r in zip(samples, rows, strict=True)]
+        scored, lines = [], []
+        for (index, loss, text), sample, pair, errors in zip(rows, samples, pairs, count(pairs), strict=True):
+            subset, speaker = self.utterances.subset_of(index), int(sample["speaker"])
+            sex = sexes[subset].get("speaker_sex", {}).get(str(speaker))
+            seconds = float(sample["n_samples"]) / SAMPLE_RATE_HZ
+            scored.append(Scored(sample["utt_id"], subset, speaker, sex, seconds, errors))
+            line = {"utt_id": sample["utt_id"], "subset": subset, "loss": loss, "text": text}
+            lines.append({**line, "ref": pair[0], "hyp": pair[1]})
+        told = tables(scored)
         result = {
             "step": step,
             "attempt": attempt,
             "mode": self.cadence.mode,
             "normalizer": self.cadence.normalizer,
+            "decoder": "greedy",
             "loss": sum(row[1] for row in rows) / len(rows),
-            **score(p for subset in pairs.values() for p in subset),
-            "subsets": {subset: score(p) for subset, p in pairs.items()},
+            **told,
+            "criterion": {"subset": self.cadence.best_on, "wer": criterion(self.cadence, told)},
             # Utterances of which the model heard only the beginning; all their words count.
             "truncated": int((self.utterances.lengths["n_samples"] > limit).sum()),
+            "padding": round(self.padding, 6),
+            "packs": self.utterances.digest,
             "blocked_s": round(blocked_s, 3),
             "time": time.time(),
+            **facts,
         }
         target.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_jsonl(target.with_suffix(".hypotheses.jsonl"), lines)

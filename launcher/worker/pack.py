@@ -106,12 +106,13 @@ def write_pack(
             )
         utterances = read_subset(corpus, subset)
         with storage_errors(target.parent):
-            _pack(utterances, subset, target, shard_bytes, processes, progress)
+            _pack(utterances, corpus, subset, target, shard_bytes, processes, progress)
     return manifest_of(target)
 
 
 def _pack(
     utterances: list[Utterance],
+    corpus: Path,
     subset: str,
     target: Path,
     shard_bytes: int,
@@ -154,7 +155,7 @@ def _pack(
     lengths = io.BytesIO()
     np.save(lengths, _lengths(utterances), allow_pickle=False)
     write_bytes(staging / "lengths.npy", lengths.getvalue())
-    write_json(staging / "stats.json", _stats(utterances))
+    write_json(staging / "stats.json", {**_stats(utterances), **speakers_sexes(corpus, utterances)})
     write_json(staging / "index.json", {"version": 2, "shards": shards})
     # The shards were hashed from memory as they were written, and fsynced by the process that wrote them.
     files = {s["raw_data"]["basename"]: {"bytes": s["raw_data"]["bytes"], **s["raw_data"]["hashes"]} for s in shards}
@@ -361,6 +362,19 @@ def _stats(utterances: list[Utterance]) -> dict[str, Any]:
         "duration_s": {f"{q:g}": round(float(np.quantile(seconds, q)), 3) for q in quantiles},
         "speaker_s": {str(s): round(n / SAMPLE_RATE_HZ, 3) for s, n in sorted(samples.items())},
     }
+
+
+def speakers_sexes(corpus: Path, utterances: list[Utterance]) -> dict[str, dict[str, str]]:
+    """`{"speaker_sex": {speaker: "F" or "M"}}` as LibriSpeech's SPEAKERS.TXT has it, for tables of an evaluation;
+    empty where the corpus has no such file."""
+    try:
+        text = (corpus / "SPEAKERS.TXT").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if not line.startswith(";")]
+    known = {row[0]: row[1] for row in rows if len(row) > 2 and row[1] in ("F", "M")}
+    speakers = sorted({u.speaker for u in utterances})
+    return {"speaker_sex": {str(s): known[str(s)] for s in speakers if str(s) in known}}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from launcher.errors import DataError, PreflightError
 from launcher.recipe_launch import Deadlines
@@ -100,6 +101,12 @@ class Ranks:
         texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(texts, padded, group=self._group)
         return [json.loads(bytes(text.numpy())) for text in texts]
+
+    def store(self, name: str) -> Any:
+        """The store that the ranks met by, with keys of its own under `name`; None where there is one rank."""
+        if self.world_size == 1:
+            return None
+        return PrefixStore(name, dist.distributed_c10d._get_default_store())
 
     def barrier(self) -> None:
         if self.world_size > 1:

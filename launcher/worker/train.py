@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from launcher import recipe_file, redact, rundir
-from launcher.committer import Outcome
+from launcher.committer import Outcome as Saved
 from launcher.errors import ExitCode, StorageError, TrainingError
 from launcher.lines import Lines
 from launcher.marks import mark
@@ -25,10 +25,12 @@ from launcher.recipe import Recipe
 from launcher.rundir import Attempt
 from launcher.worker import learning, vocabularies
 from launcher.worker.backbone import SpeechModel
+from launcher.worker.cadence import Moment, is_due, why_early
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress
 from launcher.worker.data import BackgroundCheck, Tensors, ahead, pad_to
 from launcher.worker.engine import AccelerateEngine, Engine, check_precision
-from launcher.worker.evaluate import Evaluator, Moment, is_due
+from launcher.worker.evaluate import Evaluator
+from launcher.worker.evaluating import Evaluations
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.models import build
 from launcher.worker.out_of_memory import memory_errors
@@ -36,6 +38,7 @@ from launcher.worker.pace import Pace
 from launcher.worker.ranks import Ranks, patience_s
 from launcher.worker.sampler import MicroBatch, Step, accumulation, digest, utterances_in
 from launcher.worker.schedule import learning_rate
+from launcher.worker.sidecar import Outcome
 from launcher.worker.training_set import TrainingSet
 
 
@@ -96,6 +99,7 @@ class Training:
         self.evaluator = Evaluator(self.recipe, model, ranks)
         packs = [*self.data.utterances.packs, *self.evaluator.utterances.packs]
         self.check = BackgroundCheck(packs, slice(ranks.rank, None, ranks.world_size))
+        self.evaluations = Evaluations(attempt, self.recipe, self.engine, ranks, self.evaluator)
         identity = Identity(
             world_size=ranks.world_size,
             zero_stage=str(self.recipe.zero_stage),
@@ -174,20 +178,30 @@ class Training:
             left_out=self.data.left_out,
         )
         stopped = False
+        for step in progress.awaiting:
+            self.evaluations.give(step)
         if (
             progress.step == 0 and self.recipe.evaluate.at_start and progress.evaluated_step < 0
         ) or progress.evaluation_due:
             stopped = not self.evaluate()
-        while progress.step < self.recipe.max_steps and not stopped:
+        while progress.step < self.recipe.max_steps and not stopped and not self.ends_early:
             stopped = self.epoch()
         if not stopped and self.recipe.evaluate.at_end and progress.evaluated_step < progress.step:
             stopped = not self.evaluate()
         while self.sealed_step != progress.step:  # the third failure in a row raises
             self.save()
             self.settle()
+        if progress.awaiting and not stopped:
+            stopped = not self.await_evaluations()
+        self.evaluations.close()
         code = ExitCode.STOPPED if stopped else ExitCode.FINISHED
+        why = ""
+        if self.ends_early and progress.step < self.recipe.max_steps and not stopped:
+            why = why_early(progress.patience, self.recipe.evaluate)
+            self.event("early_stopping", step=progress.step, why=why)
         if self.ranks.rank == 0:
-            rundir.write_json(self.attempt.exit, {"code": code, "step": progress.step, "sealed_step": self.sealed_step})
+            ended = {"code": code, "step": progress.step, "sealed_step": self.sealed_step}
+            rundir.write_json(self.attempt.exit, {**ended, "why": why} if why else ended)
         self.event("stopped" if stopped else "finished", step=progress.step)
         mark("leave", "save")
         if self.tracker is not None:
@@ -213,15 +227,17 @@ class Training:
         for step in steps:
             stop = self.one_step(step, feed)
             asked, save = self.save_asked, self.save_agreed
+            if self.came is not None:
+                self.take(*self.came)
             if progress.evaluation_due and not stop:
                 stop = not self.evaluate()
             if stop or save or progress.step % recipe.checkpoint.every_steps == 0:
                 self.save()
             if asked:
                 self.run.save_request.unlink(missing_ok=True)
-            if stop:
+            if stop or self.ends_early:
                 feed.close()
-                return True
+                return stop
         return False
 
     def one_step(self, step: Step, feed: Iterator[tuple[list[str], Tensors]]) -> bool:
@@ -269,10 +285,13 @@ class Training:
         padded = sum(b.padded_s for b in mine if not b.filler)
         own_s = [0.0] * ranks.world_size
         own_s[ranks.rank] = time.monotonic() - (self.agreed_at or began) - engine.waits.take()
-        to_say = [loss, float(stop), padded, float(self.checkpoints.done), float(due), float(self.save_asked), *own_s]
-        loss_sum, stops, padded, saved, dues, saves, *own_s = ranks.sum(to_say)
+        came = self.evaluations.look()
+        news = [0.0, 0.0, 0.0] if came is None else [1.0, came.step, self._wer_of(came)]
+        to_say = [loss, float(stop), padded, float(self.checkpoints.done), float(due), float(self.save_asked), *news]
+        loss_sum, stops, padded, saved, dues, saves, has_come, of_step, wer, *own_s = ranks.sum([*to_say, *own_s])
         self.agreed_at = time.monotonic()
         progress.evaluation_due, self.save_agreed = dues > 0, saves > 0
+        self.came = (int(of_step), wer, came) if has_come else None
         progress.step += 1
         progress.cursor.advance(ranks.world_size, self.accumulation)
         epoch = progress.cursor.epoch
@@ -379,50 +398,89 @@ class Training:
         return [e.utt_id for e in examples], tensors
 
     def evaluate(self) -> bool:
-        """Evaluate now. Returns False when the ranks agreed to stop in the middle of it; it is then due at resume."""
-        progress, began = self.progress, time.monotonic()
+        """Evaluate now, or have it done beside training. Returns False when the ranks agreed to stop in the middle of
+        it; it is then due at resume."""
+        progress = self.progress
         self.agreed_at = None
         self.settle()
         progress.evaluation_due = True
         self.event("evaluating", step=progress.step)
         mark("begin", "evaluate", progress.step)
-        rows = self.evaluator.compute(
-            self.engine.infer,
-            lambda: self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request)),
-        )
-        if rows is None:
+        beside, result = self.recipe.evaluate.mode == "sidecar", None
+        if not beside and (result := self.evaluations.now(progress.step, self._asked_to_stop)) is None:
             return False
-        mark("score")
-        mine: dict[str, Any] = {}
-        if self.ranks.rank == 0:
-            target = self.run.evaluation(progress.step)
-            mine = self.evaluator.publish(target, progress.step, rows, self.attempt.number, time.monotonic() - began)
-            shown = (
-                "wer",
-                "loss",
-                "substitutions",
-                "insertions",
-                "deletions",
-                "words",
-                "utterances",
-                "truncated",
-                "blocked_s",
-            )
-            self.event("evaluated", step=progress.step, **{k: mine[k] for k in shown})
-            if self.tracker is not None:
-                self.tracker.log({"evaluate/wer": mine["wer"], "evaluate/loss": mine["loss"]}, step=progress.step)
-        wer = self.ranks.gather(mine.get("wer"))[0]
-        assert wer is not None
         progress.evaluated_step, progress.evaluation_due = progress.step, False
         self.last_evaluation = time.monotonic()
-        if wer < progress.best_wer and progress.step > 0:
+        if result is not None:
+            self._tell(result)
+            self.judge(progress.step, result["criterion"]["wer"])
+        elif self.sealed_step == progress.step:
+            progress.awaiting.append(progress.step)
+            self.evaluations.give(progress.step)
+        else:
+            progress.awaiting.append(progress.step)
+            self.save()
+        return True
+
+    def _asked_to_stop(self) -> bool:
+        return self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request))
+
+    def _tell(self, result: dict[str, Any]) -> None:
+        if self.ranks.rank != 0:
+            return
+        shown = ("wer", "loss", "substitutions", "insertions", "deletions", "words", "utterances", "truncated")
+        self.event("evaluated", step=result["step"], **{k: result[k] for k in (*shown, "blocked_s")})
+        if self.tracker is not None:
+            logged = {"evaluate/wer": result["wer"], "evaluate/loss": result["loss"]}
+            self.tracker.log(logged, step=result["step"])
+
+    def judge(self, step: int, wer: float) -> None:
+        """What an evaluation means for the best checkpoint and for early stopping; the same on all ranks."""
+        progress, rules = self.progress, self.recipe.evaluate.early_stopping
+        if step == 0:
+            return
+        if rules is not None:
+            progress.patience = progress.patience.after(rules, wer)
+        if wer < progress.best_wer:
             before = progress.best_wer, progress.best_step
-            progress.best_wer, progress.best_step = wer, progress.step
-            if self.sealed_step == progress.step:
+            progress.best_wer, progress.best_step = wer, step
+            if step != progress.step:  # evaluated beside training, and sealed: no save that fails takes it back
+                self.saving = self.saving and replace(self.saving, best_before=(wer, step))
+                self._mark_best()
+            elif self.sealed_step == progress.step:
                 self._mark_best()
             else:
                 self.save(before)
-        return True
+
+    @property
+    def ends_early(self) -> bool:
+        return self.progress.patience.is_over(self.recipe.evaluate.early_stopping)
+
+    def _wer_of(self, outcome: Outcome) -> float:
+        """Infinite where there is none."""
+        return math.inf if outcome.result is None else float(outcome.result["criterion"]["wer"])
+
+    def take(self, step: int, wer: float, outcome: Outcome | None) -> None:
+        """What came of an evaluation beside training, at a step that all ranks agreed on.
+
+        Args:
+            outcome: all of it, on rank 0.
+        """
+        self.progress.awaiting = [s for s in self.progress.awaiting if s != step]
+        if outcome is not None and outcome.result is not None:
+            self._tell(outcome.result)
+        elif outcome is not None:
+            self.event("evaluation_failed", step=step, error=outcome.error, log=str(self.attempt.evaluation_log))
+        if not math.isinf(wer):
+            self.judge(step, wer)
+
+    def await_evaluations(self) -> bool:
+        """What is still evaluated beside training, at its end. Returns False when a rank was asked to stop."""
+        mark("begin", "evaluate", self.progress.step)
+        outcomes = self.evaluations.wait(self._asked_to_stop)
+        for outcome in outcomes or ():
+            self.take(outcome.step, self._wer_of(outcome), outcome if self.ranks.rank == 0 else None)
+        return outcomes is not None
 
     def _mark_best(self) -> None:
         if self.ranks.rank != 0:
@@ -458,7 +516,7 @@ class Training:
         if not self.checkpoints.asynchronous:
             self.settle()
 
-    def _sealed(self, outcome: Outcome) -> None:
+    def _sealed(self, outcome: Saved) -> None:
         """Rank 0's record of a durable checkpoint. In the committer's thread: training may be anywhere."""
         assert self.saving is not None
         durable_s = time.monotonic() - self.saving.began
@@ -485,8 +543,13 @@ class Training:
         if outcome.error:
             self.progress.best_wer, self.progress.best_step = saving.best_before
             self.event("save_failed", step=outcome.step, error=outcome.error)
+            if outcome.step in self.progress.awaiting:
+                lacks = Outcome(outcome.step, None, "its checkpoint could not be saved")
+                self.take(outcome.step, math.inf, lacks if self.ranks.rank == 0 else None)
             return
         self.sealed_step = outcome.step
+        if outcome.step in self.progress.awaiting:
+            self.evaluations.give(outcome.step)
         if self.progress.best_step != saving.best_before[1]:
             self._mark_best()
 

@@ -122,6 +122,7 @@ def evaluate(options: argparse.Namespace) -> int:
         recipe = recipe.model_copy(update={"evaluate": cadence})
     model = restored(run, options.step, recipe.backbone, recipe.seed).eval().to(ranks.device)
     evaluator = Evaluator(recipe, model, ranks)
+    facts: dict[str, Any] = {"mode": "evaluate"}
     say(f"evaluating step {options.step} on {ranks.device}")
     began = time.monotonic()
 
@@ -131,10 +132,54 @@ def evaluate(options: argparse.Namespace) -> int:
         with torch.inference_mode():
             return model(to_device(tensors, ranks.device), transcribe=True)
 
-    rows = evaluator.compute(infer, lambda: False)
+    rows = evaluator.alone(infer, lambda: False)
     assert rows is not None
-    result = evaluator.publish(options.target, options.step, rows, attempt=0, blocked_s=time.monotonic() - began)
+    facts["lasted_s"] = round(time.monotonic() - began, 3)
+    facts["checkpoint"] = rundir.manifest_of(run.checkpoint(options.step))["digest"]
+    result = evaluator.publish(options.target, options.step, rows, attempt=0, blocked_s=0.0, **facts)
     print(json.dumps(result))
+    return 0
+
+
+def sidecar(options: argparse.Namespace) -> int:
+    """An evaluation of training in this process beside it: of a sealed checkpoint, in the precision of the run."""
+    import torch
+
+    from launcher.marks import mark
+    from launcher.rundir import Attempt
+    from launcher.worker.data import to_device
+    from launcher.worker.evaluate import Evaluator
+    from launcher.worker.ranks import Ranks
+    from launcher.worker.weights import restored
+
+    attempt, step, began = Attempt(options.attempt), options.step, time.monotonic()
+    run, ranks = attempt.run, Ranks()
+    recipe = recipe_file.load(run.resolved)
+    mark("weights")
+    model = restored(run, step, recipe.backbone, recipe.seed).eval().to(ranks.device)
+    bf16 = recipe.precision == "bf16"
+    if bf16 and recipe.zero_stage != "off":
+        model = model.to(torch.bfloat16)  # as DeepSpeed has it; without it, Accelerate computes under autocast
+    mark("packs")
+    evaluator = Evaluator(recipe, model, ranks)
+    mark("begin", "evaluate", step)
+
+    def infer(tensors: Any) -> Any:
+        autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16 and recipe.zero_stage == "off")
+        with torch.no_grad(), autocast:
+            return model(to_device(tensors, ranks.device), transcribe=True)
+
+    def go_on() -> bool:
+        mark("batch")
+        return False
+
+    rows = evaluator.alone(infer, go_on)
+    assert rows is not None
+    mark("score")
+    facts = {"lasted_s": round(time.monotonic() - began, 3)}
+    facts["checkpoint"] = rundir.manifest_of(run.checkpoint(step))["digest"]
+    result = evaluator.publish(run.evaluation(step), step, rows, attempt.number, blocked_s=0.0, **facts)
+    say(f"step {step}: WER {result['wer']:.2%}")
     return 0
 
 

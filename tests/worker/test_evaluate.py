@@ -3,75 +3,27 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import pytest
 import torch
 
 from launcher import recipe as schema
-from launcher.rundir import read_json, read_lines
-from launcher.worker.evaluate import Evaluator, Moment, is_due, normalizer, score
+from launcher.rundir import Run, read_json, read_lines
+from launcher.worker.cadence import Moment, is_due
+from launcher.worker.engine import Engine
+from launcher.worker.evaluate import Evaluator
+from launcher.worker.evaluating import Evaluations
 from launcher.worker.pack import write_pack
 from launcher.worker.ranks import Ranks
 from launcher.worker.tiny_ctc import TinyCtcModel
 from launcher.worker.vocabulary import Letters
 
 T = TypeVar("T")
-
-# WER -----------------------------------------------------------------------------------------------------------------
-
-
-def test_wer_by_hand() -> None:
-    """Worked out on paper. Three errors of three kinds in the first pair, and no other way to count them."""
-    pairs = [
-        # AND is too much, FIVE became FIFE, SEVEN was left out
-        ("ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT", "ONE AND TWO THREE FOUR FIFE SIX EIGHT"),
-        ("HELLO WORLD", ""),  # two left out
-        ("", "WELL WELL"),  # two too many
-        ("A B C D", "A B C D"),
-    ]
-    assert score(pairs) == {
-        "wer": 7 / 14,
-        "errors": 7,
-        "substitutions": 1,
-        "insertions": 3,
-        "deletions": 3,
-        "words": 14,
-        "utterances": 4,
-    }
-
-
-def test_wer_is_over_all_words_and_no_mean_of_means() -> None:
-    pairs = [("A", "B"), ("A B C D E F G H I", "A B C D E F G H I")]
-    assert score(pairs)["wer"] == 0.1  # the mean of means is 0.5
-
-
-def test_wer_can_exceed_one() -> None:
-    assert score([("A", "B C D")])["wer"] == 3.0
-
-
-def test_wer_of_no_words_is_no_number() -> None:
-    result = score([("", ""), ("", "A")])
-    assert math.isnan(result["wer"])
-    assert (result["insertions"], result["words"], result["utterances"]) == (1, 0, 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("librispeech", "Hello,  world's END.", "HELLO WORLD'S END"),
-        ("librispeech", "no-one 42", "NO ONE"),
-        ("librispeech", "", ""),
-        ("whisper-english", "Mr. Brown won't pay twenty two dollars!", "mister brown will not pay $22"),
-        ("whisper-english", "MISTER BROWN WON'T PAY TWENTY TWO DOLLARS", "mister brown will not pay $22"),
-        ("whisper-english", "Uh, the colour", "the colour"),
-    ],
-)
-def test_normalizers(name: str, text: str, words: str) -> None:
-    assert normalizer(name)(text) == words
-
 
 # When ----------------------------------------------------------------------------------------------------------------
 
@@ -131,8 +83,8 @@ class OneOf(Ranks):
         return [value]
 
 
-def evaluator(tiny_corpus: Path, packs: Path, ranks: Ranks, **cadence: Any) -> Evaluator:
-    recipe = schema.Recipe.model_validate(
+def recipe_of(tiny_corpus: Path, packs: Path, **cadence: Any) -> schema.Recipe:
+    return schema.Recipe.model_validate(
         {
             "name": "x",
             "data": {"corpus": tiny_corpus, "packs": packs, "train": ["train-clean-100"]},
@@ -144,6 +96,10 @@ def evaluator(tiny_corpus: Path, packs: Path, ranks: Ranks, **cadence: Any) -> E
             "checkpoint": {"every_steps": 1},
         }
     )
+
+
+def evaluator(tiny_corpus: Path, packs: Path, ranks: Ranks, **cadence: Any) -> Evaluator:
+    recipe = recipe_of(tiny_corpus, packs, **cadence)
     for subset in recipe.evaluate.subsets:
         if not recipe.pack(subset).exists():
             packs.mkdir(exist_ok=True)
@@ -181,6 +137,35 @@ def test_every_rank_forwards_as_many_batches_and_each_utterance_comes_once(
         assert sorted(rows) == alone.compute(lambda t: alone.model(t, transcribe=True), lambda: False)
 
 
+@pytest.mark.parametrize("mode", ["collective", "rank0"])
+def test_an_evaluation_that_draws_is_not_noticed(tiny_corpus: Path, tmp_path: Path, mode: str) -> None:
+    """Whatever a model does in evaluation, the next dropout of training is what it would have been."""
+    one = evaluator(tiny_corpus, tmp_path / "packs", Ranks(), mode=mode)
+
+    class Drawing:
+        def alone(self) -> Any:
+            return one.model
+
+        def infer(self, tensors: Any, alone: Any = None) -> Any:
+            torch.rand(3), np.random.rand(3), random.random()
+            with torch.no_grad():
+                return one.model(tensors, transcribe=True)
+
+    run = Run(tmp_path / "run")
+    run.root.mkdir()
+    beside = Evaluations(
+        run.new_attempt(), recipe_of(tiny_corpus, tmp_path / "packs", mode=mode), cast(Engine, Drawing()), Ranks(), one
+    )
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(7)
+    wanted = float(torch.rand(())), float(np.random.rand()), random.random()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(7)
+    result = beside.now(3, lambda: False)
+    assert result is not None and result["mode"] == mode and read_json(run.evaluation(3)) == result
+    assert (float(torch.rand(())), float(np.random.rand()), random.random()) == wanted
+
+
 def test_a_stop_breaks_off(tiny_corpus: Path, tmp_path: Path) -> None:
     one = evaluator(tiny_corpus, tmp_path / "packs", Ranks(), batch_seconds=3)
     answers = iter([False, True])
@@ -189,7 +174,12 @@ def test_a_stop_breaks_off(tiny_corpus: Path, tmp_path: Path) -> None:
 
 
 def test_published_by_subset_and_in_all(tiny_corpus: Path, tmp_path: Path) -> None:
-    """One wrong word in dev-clean; `truncated` counts what the model heard only the beginning of."""
+    """One wrong word in dev-clean; `truncated` counts what the model heard only the beginning of. Whose sex the corpus
+    does not know is in no group of that."""
+    speakers = (
+        ";ID  |SEX| SUBSET     |MINUTES| NAME\n84   | F | dev-clean  | 8.02  | Ann\n174  | M | dev-clean | 9 | Ben\n"
+    )
+    (tiny_corpus / "SPEAKERS.TXT").write_text(speakers)
     one = evaluator(tiny_corpus, tmp_path / "packs", Ranks())
     one.model.max_samples = int(sorted(one.utterances.lengths["n_samples"])[-3])
     rows = [(i, 0.5, one.utterances.row(i)["text"]) for i in range(17)]
@@ -206,9 +196,26 @@ def test_published_by_subset_and_in_all(tiny_corpus: Path, tmp_path: Path) -> No
         "train-clean-100": (0, 12),
     }
     assert result["truncated"] == 2
+    assert {sex: row["utterances"] for sex, row in result["sexes"].items()} == {"F": 3, "M": 2}
+    assert {speaker: row["utterances"] for speaker, row in result["speakers"].items()} == {
+        **{"84": 3, "174": 2},
+        **{"19": 7, "26": 3, "103": 2},
+    }
+    lengths = one.utterances.lengths["n_samples"]
+    slots = sum(int(lengths[batch].max()) * len(batch) for batch in one.batches)
+    assert result["padding"] == pytest.approx(1 - lengths.sum() / slots, abs=1e-6) and 0 < result["padding"] < 1
+    assert [row["errors"] for row in result["worst"]] == [1] and "S" in [k for k, *_ in result["worst"][0]["aligned"]]
     lines = read_lines(tmp_path / "step-00000003.hypotheses.jsonl")
     assert [line["subset"] for line in lines] == ["dev-clean"] * 5 + ["train-clean-100"] * 12
     assert lines[2]["hyp"].startswith("WRONG") and lines[2]["utt_id"] == one.utterances.row(2)["utt_id"]
+
+
+def test_by_the_subset_that_decides(tiny_corpus: Path, tmp_path: Path) -> None:
+    """A wrong word in dev-clean changes nothing where the other subset decides which checkpoint is the best."""
+    one = evaluator(tiny_corpus, tmp_path / "packs", Ranks(), best_on="train-clean-100")
+    rows = [(i, 0.5, one.utterances.row(i)["text"] if i else "WRONG") for i in range(17)]
+    result = one.publish(tmp_path / "step-00000003.json", 3, rows, attempt=1, blocked_s=1.0)
+    assert result["criterion"] == {"subset": "train-clean-100", "wer": 0.0} and result["wer"] > 0
 
 
 @pytest.mark.parametrize("how", ["missing", "twice", "unknown"])
