@@ -113,6 +113,7 @@ for _command in (
     runs.attach,
     runs.stop,
     results.evaluate,
+    results.report,
     results.export,
     results.transcribe,
 ):

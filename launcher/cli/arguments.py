@@ -10,7 +10,7 @@ import typer
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
 
 
-def _run_named(path: Path) -> Path:
+def run_named(path: Path) -> Path:
     """A run under `runs` may be called by its name alone."""
     named = "runs" / path
     is_run, is_named = ((p / "resolved.yaml").is_file() for p in (path, named))
@@ -23,7 +23,7 @@ RunPath = Annotated[
         metavar="RUN",
         help="A run's directory, such as runs/NAME, or its NAME there.",
         show_default=False,
-        callback=_run_named,
+        callback=run_named,
     ),
 ]
 Detach = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.arguments import AsJson, RunPath, Step, Subsets
+from launcher.cli.arguments import AsJson, RunPath, Step, Subsets, run_named
 
 
 def evaluate(
@@ -20,7 +20,7 @@ def evaluate(
     """Compute the WER of a sealed checkpoint, in one process and in fp32."""
     import re
 
-    from launcher import report, ui, verbs
+    from launcher import report, tables, ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.recipe_values import NAME
@@ -40,11 +40,39 @@ def evaluate(
     if as_json:
         ui.answer(json.dumps(answer, indent=1))
         return
-    for title, row in [*answer["subsets"].items(), ("all", answer)]:
-        ui.answer(
-            f"{title}: WER {row['wer']:.2%} ({row['substitutions']} sub, {row['insertions']} ins,"
-            f" {row['deletions']} del of {row['words']} words in {row['utterances']} utterances)"
-        )
+    tables.evaluation(answer)
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Runs, or files of their evaluations/. Of several: compared.", show_default=False
+        ),
+    ],
+    checkpoint: Step = "best",
+    as_json: AsJson = False,
+) -> None:
+    """Show what an evaluation of training has counted, or compare runs. Computes nothing.
+
+    Word and character errors as sclite has them: in all, by subset, speaker, sex and duration; the worst utterances
+    word by word; an interval by drawing speakers. Runs under different normalizers or on different packs are not
+    compared (exit 2).
+    """
+    from launcher import evaluations, tables, ui
+    from launcher.rundir import Run
+
+    named = [
+        (str(path), evaluations.at(path) if path.is_file() else evaluations.chosen(Run(run_named(path)), checkpoint))
+        for path in runs
+    ]
+    evaluations.refuse_mixed(named)
+    if as_json:
+        ui.answer(json.dumps(named[0][1] if len(named) == 1 else dict(named), indent=1))
+    elif len(named) == 1:
+        tables.evaluation(named[0][1])
+    else:
+        tables.comparison(named)
 
 
 def export(
