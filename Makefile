@@ -16,7 +16,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	test -x $(UV) || $(VENV)/bin/python -m pip install --quiet "uv>=0.9,<1"
-	$(UV) pip install --quiet --python $(VENV)/bin/python --editable '.[demo,tensorboard,test]'
+	$(UV) pip install --quiet --python $(VENV)/bin/python --editable '.[beam,demo,tensorboard,test]'
 	touch $@
 
 demo: setup

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${1:-.venv-pip}
 test -x "$environment/bin/python" || "${PYTHON:-python3}" -m venv "$environment"
-"$environment/bin/python" -m pip install --quiet --disable-pip-version-check '.[demo,tensorboard,test]'
+"$environment/bin/python" -m pip install --quiet --disable-pip-version-check '.[beam,demo,tensorboard,test]'
 "$environment/bin/python" - <<'PY'
 from importlib.metadata import version
 

@@ -15,9 +15,19 @@ def evaluate(
     run: RunPath,
     checkpoint: Step = "best",
     subset: Subsets = [],  # noqa: B006
+    lm: Annotated[
+        Path | None,
+        typer.Option("--lm", metavar="ARPA", help="CTC beam search with this word n-gram.", show_default=False),
+    ] = None,
+    beam: Annotated[int, typer.Option(min=1, help="With --lm: hypotheses kept at each frame.")] = 50,
+    lm_weight: Annotated[float, typer.Option(help="With --lm: how much the n-gram counts.")] = 2.0,
+    word_score: Annotated[float, typer.Option(help="With --lm: added for each word.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Compute the WER of a sealed checkpoint, in one process and in fp32."""
+    """Compute the WER of a sealed checkpoint, in one process and in fp32.
+
+    Greedy decoding, as in training; with --lm a beam search, which needs the extra `beam`.
+    """
     import re
 
     from launcher import report, tables, ui, verbs
@@ -33,8 +43,11 @@ def evaluate(
     for name in subset:
         if not re.fullmatch(NAME, name):
             raise UsageError(f"--subset {name!r} is no subset's name", hint="such as --subset dev-clean")
-    name = "-".join([f"step-{step:08d}.evaluate", *subset])
+    name = "-".join([f"step-{step:08d}.evaluate", *subset, *(["beam"] if lm else [])])
     options = [x for s in subset for x in ("--subset", s)]
+    if lm is not None:
+        options += ["--lm", str(lm.absolute()), "--beam", str(beam)]
+        options += [f"--lm-weight={lm_weight}", f"--word-score={word_score}"]
     target = where.evaluations / f"{name}.json"
     answer = verbs.answer_of("evaluate", str(where.root), "--step", str(step), "--target", str(target), *options)
     if as_json:

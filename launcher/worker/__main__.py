@@ -43,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--target", type=Path, required=True)
         if verb == "evaluate":
             command.add_argument("--subset", action="append", default=[])
+            command.add_argument("--lm", type=Path)
+            command.add_argument("--beam", type=int, default=50)
+            command.add_argument("--lm-weight", type=float, default=2.0)
+            command.add_argument("--word-score", type=float, default=0.0)
     sidecar = verbs.add_parser("sidecar")
     sidecar.add_argument("attempt", type=Path)
     sidecar.add_argument("--step", type=int, required=True)

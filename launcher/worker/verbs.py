@@ -123,6 +123,13 @@ def evaluate(options: argparse.Namespace) -> int:
     model = restored(run, options.step, recipe.backbone, recipe.seed).eval().to(ranks.device)
     evaluator = Evaluator(recipe, model, ranks)
     facts: dict[str, Any] = {"mode": "evaluate"}
+    search: Any = None
+    if options.lm is not None:
+        from launcher.worker.beam_search import BeamSearch, Options
+
+        wanted = Options(options.lm, options.beam, options.lm_weight, options.word_score)
+        search = BeamSearch(model, wanted)
+        facts |= {"decoder": str(wanted), "beam_search": wanted.to_json()}
     say(f"evaluating step {options.step} on {ranks.device}")
     began = time.monotonic()
 
@@ -130,7 +137,9 @@ def evaluate(options: argparse.Namespace) -> int:
         import torch
 
         with torch.inference_mode():
-            return model(to_device(tensors, ranks.device), transcribe=True)
+            tensors = to_device(tensors, ranks.device)
+            losses, texts = model(tensors, transcribe=search is None)
+            return losses, texts if search is None else search(tensors)
 
     rows = evaluator.alone(infer, lambda: False)
     assert rows is not None
