@@ -73,15 +73,27 @@ def export(
 
 def transcribe(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory made by `export`.", show_default=False)],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Sound files.", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="Sound files, and folders of them.", show_default=False)
+    ],
+    format: Annotated[
+        list[str],
+        typer.Option(metavar="FORMAT", help="txt; or with times: json, srt. With --output repeatable."),
+    ] = ["txt"],  # noqa: B006
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a file for each sound file, by its path.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what a model hears in sound files."""
     from launcher import verbs
-    from launcher.errors import printable
+    from launcher.errors import UsageError
 
-    said = verbs.said_by("transcribe", "--", str(model), *map(str, files)).splitlines()
-    for line in (text for text in said if text.startswith("{")):  # libraries may say something too
-        row = json.loads(line)
-        # Not through rich, which makes blanks of a tab: this is for `cut -f2`.
-        print(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
+    for name in format:
+        if name not in ("txt", "json", "srt"):
+            raise UsageError(f"--format {name!r} is not known", hint="txt, json or srt")
+    options = [x for name in (["json"] if as_json else format) for x in ("--format", name)] + (
+        ["--output", str(output)] if output else []
+    )
+    verbs.shown("transcribe", *options, "--", str(model), *map(str, paths))

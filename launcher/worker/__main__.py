@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     transcribe = verbs.add_parser("transcribe")
     transcribe.add_argument("model", type=Path)
     transcribe.add_argument("files", type=Path, nargs="+")
+    transcribe.add_argument("--format", action="append", choices=("txt", "json", "srt"))
+    transcribe.add_argument("--output", type=Path)
     allreduce = verbs.add_parser("allreduce")
     for number in ("rank", "world-size", "port", "gpu"):
         allreduce.add_argument(f"--{number}", type=int, default=0)
@@ -65,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.verb in ("allreduce", "fetch"):
             from launcher.worker import preflight as implementations
+        elif options.verb == "transcribe":
+            from launcher.worker import transcribe as implementations  # type: ignore[no-redef]
         else:
             from launcher.worker import verbs as implementations  # type: ignore[no-redef]
         with reading(options):
