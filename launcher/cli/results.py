@@ -8,35 +8,36 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.arguments import AsJson, RunPath, Step, Subsets
+from launcher.cli.arguments import AsJson, Average, RunPath, Step, Subsets, chosen
 
 
 def evaluate(
     run: RunPath,
     checkpoint: Step = "best",
+    average: Average = None,
     subset: Subsets = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Compute the WER of a sealed checkpoint, in one process and in fp32."""
     import re
 
-    from launcher import report, ui, verbs
+    from launcher import ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.recipe_values import NAME
     from launcher.rundir import Run
 
     where = Run(run)
-    step = report.sealed_step(where, checkpoint)
+    steps, named = chosen(where, checkpoint, average)
     refuse_foreign(where)
     subset = list(dict.fromkeys(subset))
     for name in subset:
         if not re.fullmatch(NAME, name):
             raise UsageError(f"--subset {name!r} is no subset's name", hint="such as --subset dev-clean")
-    name = "-".join([f"step-{step:08d}.evaluate", *subset])
-    options = [x for s in subset for x in ("--subset", s)]
+    name = "-".join([f"{named}.evaluate", *subset])
+    options = [x for s in subset for x in ("--subset", s)] + [x for s in steps for x in ("--step", str(s))]
     target = where.evaluations / f"{name}.json"
-    answer = verbs.answer_of("evaluate", str(where.root), "--step", str(step), "--target", str(target), *options)
+    answer = verbs.answer_of("evaluate", str(where.root), "--target", str(target), *options)
     if as_json:
         ui.answer(json.dumps(answer, indent=1))
         return
@@ -54,20 +55,22 @@ def export(
         typer.Argument(metavar="TARGET", help="A directory to make. Default: RUN/exports/step-….", show_default=False),
     ] = None,
     checkpoint: Step = "best",
+    average: Average = None,
 ) -> None:
     """Write a checkpoint's model as a directory that other programs load."""
-    from launcher import report, ui, verbs
+    from launcher import ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.rundir import Run
 
     where = Run(run)
-    step = report.sealed_step(where, checkpoint)
+    steps, named = chosen(where, checkpoint, average)
     refuse_foreign(where)
-    folder = (target or where.exports / f"step-{step:08d}").absolute()
+    folder = (target or where.exports / named).absolute()
     if folder.exists():
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
-    verbs.said_by("export", str(where.root), "--step", str(step), "--target", str(folder))
+    options = [x for s in steps for x in ("--step", str(s))]
+    verbs.said_by("export", str(where.root), "--target", str(folder), *options)
     ui.answer(str(folder))
 
 

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from launcher import marks, redact, rundir, sealed
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     for verb in ("evaluate", "export"):
         command = verbs.add_parser(verb)
         command.add_argument("run", type=Path)
-        command.add_argument("--step", type=int, required=True)
+        command.add_argument("--step", type=int, required=True, action="append", help="several: their average")
         command.add_argument("--target", type=Path, required=True)
         if verb == "evaluate":
             command.add_argument("--subset", action="append", default=[])
@@ -80,11 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def reading(options: argparse.Namespace) -> AbstractContextManager[None]:
-    """The lease of a verb that works on a checkpoint: a run that goes on meanwhile does not remove it."""
-    if options.verb not in ("evaluate", "export"):
-        return nullcontext()
-    return sealed.lease(rundir.Run(options.run).checkpoint(options.step))
+def reading(options: argparse.Namespace) -> ExitStack:
+    """The leases of a verb that works on checkpoints: a run that goes on meanwhile does not remove them."""
+    leases = ExitStack()
+    if options.verb in ("evaluate", "export"):
+        for step in options.step:
+            leases.enter_context(sealed.lease(rundir.Run(options.run).checkpoint(step)))
+    return leases
 
 
 def train_rank(attempt: rundir.Attempt, fresh: bool, debug: bool) -> int:

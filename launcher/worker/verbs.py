@@ -92,11 +92,12 @@ def facts(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """WER of one sealed checkpoint, in this process and in fp32, whatever the run computed in."""
+    """WER of a sealed checkpoint or of an average of several, in this process and in fp32, whatever the run computed
+    in."""
     from launcher.worker.data import to_device
     from launcher.worker.evaluate import Evaluator
     from launcher.worker.ranks import Ranks
-    from launcher.worker.weights import restored
+    from launcher.worker.weights import restored, source_of
 
     run = Run(options.run)
     ranks = Ranks()
@@ -106,7 +107,9 @@ def evaluate(options: argparse.Namespace) -> int:
         recipe = recipe.model_copy(update={"evaluate": cadence})
     model = restored(run, options.step, recipe.backbone, recipe.seed).eval().to(ranks.device)
     evaluator = Evaluator(recipe, model, ranks)
-    say(f"evaluating step {options.step} on {ranks.device}")
+    source = source_of(run, options.step)
+    which = f"the average of {len(options.step)} checkpoints" if len(options.step) > 1 else f"step {source['step']}"
+    say(f"evaluating {which} on {ranks.device}")
     began = time.monotonic()
 
     def infer(tensors: Any) -> Any:
@@ -117,7 +120,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
     rows = evaluator.compute(infer, lambda: False)
     assert rows is not None
-    result = evaluator.publish(options.target, options.step, rows, attempt=0, blocked_s=time.monotonic() - began)
+    result = evaluator.publish(options.target, source["step"], rows, attempt=0, blocked_s=time.monotonic() - began)
+    result["source"] = source
+    rundir.write_json(options.target, result)
     print(json.dumps(result))
     return 0
 
@@ -178,21 +183,16 @@ def reshard(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """One checkpoint as a directory that other programs can load; sealed or absent."""
+    """A checkpoint, or the average of several, as a directory that other programs can load; sealed or absent."""
     from launcher.worker.models import write_export
-    from launcher.worker.weights import restored
+    from launcher.worker.weights import restored, source_of
 
     run = Run(options.run)
     recipe = recipe_file.load(run.resolved)
     model = restored(run, options.step, recipe.backbone, recipe.seed)
-    source = {
-        "run": str(run.root),
-        "step": options.step,
-        "checkpoint": rundir.manifest_of(run.checkpoint(options.step))["digest"],
-    }
     need = sum(p.numel() * p.element_size() for p in model.parameters())
     with staging.staged(options.target, need) as folder:
         write_export(model, folder)
-        rundir.seal(folder, options.target, {"format": "speechctl.export/1", "source": source})
+        rundir.seal(folder, options.target, {"format": "speechctl.export/1", "source": source_of(run, options.step)})
     print(options.target)
     return 0
