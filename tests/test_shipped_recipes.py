@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from launcher import hosts, plan, recipe_file
+from launcher import hosts, measured, plan, recipe_file, views
+from launcher.hosts import Host
 from launcher.recipe import Recipe, Wav2Vec2, Whisper
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -31,28 +33,100 @@ def test_every_recipe_says_how_to_start_it(path: Path) -> None:
     assert any(f"speechctl pack recipes/{path.name} && speechctl launch" in line for line in comments)
 
 
-def test_wav2vec2_base_100h_has_the_published_batch() -> None:
-    """fairseq: 2 GPUs x update_freq 4 x max_tokens 3.2 M samples; the same step on any number of GPUs."""
+@dataclass(frozen=True)
+class Published:
+    """A recipe of the literature, in the terms of its own toolkit."""
+
+    gpus: int
+    update_freq: int
+    """Micro-batches that a GPU adds up."""
+    max_tokens: int
+    """Samples at 16 kHz in a micro-batch."""
+    updates: int
+    learning_rate: float
+    betas: tuple[float, float]
+    stages: tuple[int, int]
+    """Steps of warm-up and at the peak."""
+    init_scale: float
+    final_scale: float
+    """The learning rate of the last step, as a share of the peak."""
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0
+
+
+PUBLISHED = {
+    # fairseq, examples/wav2vec/config/finetuning
+    "wav2vec2-base-100h": Published(2, 4, 3_200_000, 80_000, 3e-5, (0.9, 0.98), (8_000, 32_000), 0.01, 0.05),
+    "wav2vec2-base-960h": Published(8, 1, 3_200_000, 320_000, 1e-4, (0.9, 0.98), (32_000, 128_000), 0.01, 0.05),
+    # SpeechBrain: 16 utterances, each padded to 30 s; Noam's schedule ends at sqrt(warm-up / steps).
+    "whisper-small-en": Published(
+        1, 1, 16 * 480_000, 17_578, 1e-5, (0.9, 0.999), (500, 0), 1 / 500, (500 / 17_578) ** 0.5, 0.01, 2.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_batch(name: str) -> None:
+    """GPUs x micro-batches x samples: the same audio in a step, cut as it was there on as many GPUs."""
     from launcher.worker.sampler import accumulation
 
-    batch = load("wav2vec2-base-100h").batch
-    assert batch.max_rank_seconds * 16_000 == 3_200_000
-    assert batch.step_seconds * 16_000 == 2 * 4 * 3_200_000
-    each = {n: accumulation(batch.step_seconds, batch.max_rank_seconds, n) for n in (1, 2, 4, 8, 16)}
-    assert each == {1: 8, 2: 4, 4: 2, 8: 1, 16: 1}
+    batch, published = load(name).batch, PUBLISHED[name]
+    assert batch.max_rank_seconds * 16_000 == published.max_tokens
+    assert batch.step_seconds * 16_000 == published.gpus * published.update_freq * published.max_tokens
+    each = {n: accumulation(batch.step_seconds, batch.max_rank_seconds, n) for n in (1, published.gpus, 64)}
+    assert each == {1: published.gpus * published.update_freq, published.gpus: published.update_freq, 64: 1}
 
 
-def test_wav2vec2_base_100h_has_the_published_schedule() -> None:
-    recipe = load("wav2vec2-base-100h")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_schedule(name: str) -> None:
+    recipe, published = load(name), PUBLISHED[name]
     steps, schedule = recipe.max_steps, recipe.schedule
-    assert steps == 80_000
-    assert (schedule.warmup * steps, schedule.hold * steps) == (8_000, 32_000)
-    assert (schedule.init_scale, schedule.final_scale) == (0.01, 0.05)
-    assert recipe.optimizer.learning_rate == 3e-5
-    assert recipe.optimizer.betas == [0.9, 0.98]
-    assert (recipe.optimizer.weight_decay, recipe.optimizer.grad_clip) == (0, 0)
-    assert (recipe.evaluate.after_steps, recipe.evaluate.subsets) == (10_000, ["dev-other"])
-    assert plan.deepspeed_config(recipe, 4, 10**9)["gradient_clipping"] == 0
+    assert steps == published.updates
+    assert (round(schedule.warmup * steps), round(schedule.hold * steps)) == published.stages
+    assert schedule.init_scale == pytest.approx(published.init_scale)
+    assert schedule.final_scale == pytest.approx(published.final_scale, rel=1e-3)
+    assert recipe.optimizer.learning_rate == published.learning_rate
+    assert tuple(recipe.optimizer.betas) == published.betas
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.grad_clip) == (published.weight_decay, published.grad_clip)
+    assert plan.deepspeed_config(recipe, 4, 10**9)["gradient_clipping"] == published.grad_clip
+
+
+@pytest.mark.parametrize("gpus", [8, 64])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_plan_on_8_and_64_gpus_has_the_published_arithmetic(
+    name: str, gpus: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `plan` prints for one machine of 8 GPUs, and for 8 of them."""
+    from launcher.worker.sampler import accumulation
+
+    monkeypatch.setenv("COLUMNS", "100")
+    recipe, published = load(name), PUBLISHED[name]
+    each = accumulation(recipe.batch.step_seconds, recipe.batch.max_rank_seconds, gpus)
+    facts = {
+        "parameters": 94_396_320,
+        "trained_parameters": 90_195_872,
+        "utterances": 28_539,
+        "left_out": {},
+        "audio_s": 362_160.0,
+        "accumulation": each,
+        "steps_per_epoch": 228,
+        "padding": 0.0,
+        "straggler": 1.0,
+        "evaluation_utterances": 2864,
+    }
+    machines = [Host(f"gpu-{i:02d}", 8) for i in range(1, gpus // 8 + 1)]
+    made = plan.make(recipe, machines, facts)
+    views.plan(made, measured.planned(recipe, made))
+    said = capsys.readouterr().out
+    audio_s = published.gpus * published.update_freq * published.max_tokens / 16_000
+    counted = "1 micro-batch" if each == 1 else f"{each} micro-batches"
+    assert f"step        {audio_s:g} padded s = {gpus} ranks x {counted} x {audio_s / gpus / each:g} s\n" in said
+    assert f"steps       {published.updates} = " in said
+
+
+def test_wav2vec2_base_100h_evaluates_as_published() -> None:
+    evaluate = load("wav2vec2-base-100h").evaluate
+    assert (evaluate.after_steps, evaluate.subsets) == (10_000, ["dev-other"])
 
 
 def test_wav2vec2_base_100h_has_the_published_masks() -> None:
@@ -60,6 +134,15 @@ def test_wav2vec2_base_100h_has_the_published_masks() -> None:
     assert isinstance(backbone, Wav2Vec2)
     assert (backbone.mask_time_prob, backbone.mask_time_length) == (0.65, 10)
     assert (backbone.mask_channel_prob, backbone.mask_channel_length) == (0.5, 64)
+    assert (backbone.dropout, backbone.activation_dropout, backbone.layerdrop) == (0, 0.1, 0.1)
+    assert backbone.freeze_feature_encoder and not backbone.normalize
+
+
+def test_wav2vec2_base_960h_has_the_published_masks() -> None:
+    backbone = load("wav2vec2-base-960h").backbone
+    assert isinstance(backbone, Wav2Vec2)
+    assert (backbone.mask_time_prob, backbone.mask_time_length) == (0.5, 10)
+    assert (backbone.mask_channel_prob, backbone.mask_channel_length) == (0.1, 64)
     assert (backbone.dropout, backbone.activation_dropout, backbone.layerdrop) == (0, 0.1, 0.1)
     assert backbone.freeze_feature_encoder and not backbone.normalize
 
