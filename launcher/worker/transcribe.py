@@ -76,6 +76,8 @@ def check(files: list[sound.Found], formats: list[str], output: Path | None) -> 
                 hint="--output DIR writes a file for each",
             )
         return [None] * len(files)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file", hint="name a directory, or one to be made")
     places = [output / file.name.with_suffix("") for file in files]
     for place, count in Counter(places).items():
         if count > 1:
