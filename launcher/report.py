@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher import lock, rundir
-from launcher.errors import DataError, ExitCode, NotFoundError
+from launcher import lock, retention, rundir
+from launcher.errors import DataError, ExitCode, NotFoundError, UsageError
 from launcher.rundir import Attempt, Run
 
 
@@ -327,3 +327,32 @@ def sealed_step(run: Run, which: str) -> int:
             hint=f"take best, last, or one of its sealed steps: {', '.join(map(str, value.sealed))}",
         )
     return step
+
+
+def averaged_steps(run: Run, which: str) -> list[int]:
+    """The steps that `last:5` (the newest) or `best:3` (the lowest WER in training) mean, oldest first.
+
+    Raises:
+        UsageError: it means nothing.
+        NotFoundError: there are not so many; lists those that there are.
+    """
+    word, _, number = which.partition(":")
+    count = int(number) if number.isascii() and number.isdigit() else 0
+    if word not in ("last", "best") or count < 1:
+        raise UsageError(f"--average {which!r} is not understood", hint="last:5, or best:3, or another number")
+    value = read(run)
+    if word == "last":
+        there, kind, setting = value.sealed[::-1], "sealed", "checkpoint.keep_last"
+    else:
+        wers = retention.wers(run, value.sealed)
+        there = sorted(wers, key=lambda step: (wers[step], step))
+        kind, setting = "sealed and evaluated", "checkpoint.keep_best"
+    if len(there) < count:
+        raise NotFoundError(
+            f"{run.root} has {len(there)} checkpoints that are {kind}, --average {which} needs {count}"
+            f" (steps {', '.join(map(str, sorted(there))) or 'none'})",
+            hint=f"take {word}:{len(there)}; a recipe with {setting}: {count} keeps so many"
+            if there
+            else f"`speechctl status {run.root}` shows where it stands",
+        )
+    return sorted(there[:count])

@@ -13,11 +13,13 @@ from launcher.errors import AlreadyTold, InfrastructureError, SpeechctlError
 from launcher.node import WORKER
 
 
-def ask(arguments: list[str], stderr: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run one verb; its answer is caught, its progress and errors go to our stderr unless told."""
+def ask(
+    arguments: list[str], stderr: int | None = None, stdout: int | None = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """Run one verb; its answer is caught and its progress and errors go to our stderr, unless told."""
     env = {**os.environ, **environment.base_variables(1)}
     command = [sys.executable, "-m", WORKER, *arguments]
-    return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
+    return subprocess.run(command, env=env, stdout=stdout, stderr=stderr, text=True, check=False)
 
 
 def said_by(*arguments: str) -> str:
@@ -28,19 +30,27 @@ def said_by(*arguments: str) -> str:
         InfrastructureError: it was killed.
         SpeechctlError: it failed in a way that it does not know.
     """
-    done = ask(list(arguments))
+    return _ended_well(arguments[0], ask(list(arguments)))
+
+
+def shown(*arguments: str) -> None:
+    """Run a verb that writes its answer to our stdout, bit by bit. Raises as `said_by` does."""
+    _ended_well(arguments[0], ask(list(arguments), stdout=None))
+
+
+def _ended_well(verb: str, done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
         raise InfrastructureError(
-            f"the worker's `{arguments[0]}` was ended by {account.name_of(-done.returncode)}",
+            f"the worker's `{verb}` was ended by {account.name_of(-done.returncode)}",
             hint="look at the memory of this machine, then try again",
         )
     if done.returncode == 1:
         raise SpeechctlError(
-            f"the worker's `{arguments[0]}` failed in a way that it does not expect; its traceback is above",
+            f"the worker's `{verb}` failed in a way that it does not expect; its traceback is above",
             hint="mend what it names if that is on this machine; otherwise it is a bug of speechctl: report it",
         )
     if done.returncode != 0:
-        print(done.stdout, end="")
+        print(done.stdout or "", end="")
         raise AlreadyTold(done.returncode)
     return done.stdout
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher import report, rundir
-from launcher.errors import NotFoundError, in_bytes
+from launcher.errors import NotFoundError, UsageError, in_bytes
 from launcher.hosts import Host
 from launcher.lock import RunLock
 from launcher.rundir import Run
@@ -72,6 +72,27 @@ def test_samples_are_spread_over_the_evaluation(tmp_path: Path) -> None:
     assert [row["ref"] for row in report.samples(run, 6, 2)] == ["SENTENCE 0", "SENTENCE 2"]
     assert len(report.samples(run, 6, 10)) == 5
     assert report.samples(run, 5, 2) == []
+
+
+def test_which_checkpoints_an_average_is_of(tmp_path: Path) -> None:
+    """Steps 2, 4 and 6 are sealed, with WERs of 0.75, 0.5 and 0.375."""
+    run = made_run(tmp_path / "run", "finished")
+    assert [report.averaged_steps(run, w) for w in ("last:1", "last:2", "last:3")] == [[6], [4, 6], [2, 4, 6]]
+    assert [report.averaged_steps(run, w) for w in ("best:1", "best:3")] == [[6], [2, 4, 6]]
+    better = rundir.read_json(run.evaluation(2)) | {"wer": 0.1}
+    rundir.write_json(run.evaluation(2), better)
+    run.evaluation(4).unlink()
+    assert report.averaged_steps(run, "best:2") == [2, 6]
+    with pytest.raises(NotFoundError, match=r"has 2 checkpoints that are sealed and evaluated, .* needs 3 .*2, 6"):
+        report.averaged_steps(run, "best:3")
+    with pytest.raises(NotFoundError, match="has 3 checkpoints that are sealed, --average last:4 needs 4") as caught:
+        report.averaged_steps(run, "last:4")
+    assert "last:3" in caught.value.hint and "checkpoint.keep_last: 4" in caught.value.hint
+    for odd in ("last", "last:", "last:0", "last:-1", "first:2", "best:two", "5", "last:²"):
+        with pytest.raises(UsageError, match="is not understood"):
+            report.averaged_steps(run, odd)
+    with pytest.raises(NotFoundError, match=r"has 0 checkpoints .* \(steps none\)"):
+        report.averaged_steps(made_run(tmp_path / "new", "created"), "last:2")
 
 
 # How it looks ---------------------------------------------------------------------------------------------------------

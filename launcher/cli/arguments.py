@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from launcher.rundir import Run
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
 
@@ -42,6 +45,24 @@ Backend = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Step = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step.")]
+Average = Annotated[
+    str | None,
+    typer.Option(metavar="WHICH", help="The mean of several checkpoints: last:5, or best:3.", show_default=False),
+]
+
+
+def chosen(run: Run, checkpoint: str, average: str | None) -> tuple[list[int], str]:
+    """The steps whose weights are taken, oldest first, and what to call a result of them."""
+    from launcher import report
+    from launcher.errors import UsageError
+
+    if average is None:
+        step = report.sealed_step(run, checkpoint)
+        return [step], f"step-{step:08d}"
+    if checkpoint != "best":
+        raise UsageError("--average takes the place of --checkpoint", hint="leave one of them out")
+    steps = report.averaged_steps(run, average)
+    return steps, f"step-{steps[-1]:08d}.average-{average.replace(':', '-')}"
 
 
 def length_of_time(option: str, text: str) -> float:

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.arguments import AsJson, RunPath, Step, Subsets, run_named
+from launcher.cli.arguments import AsJson, Average, RunPath, Step, Subsets, chosen, run_named
 
 
 def evaluate(
     run: RunPath,
     checkpoint: Step = "best",
+    average: Average = None,
     subset: Subsets = [],  # noqa: B006
     lm: Annotated[
         Path | None,
@@ -30,26 +31,26 @@ def evaluate(
     """
     import re
 
-    from launcher import report, tables, ui, verbs
+    from launcher import tables, ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.recipe_values import NAME
     from launcher.rundir import Run
 
     where = Run(run)
-    step = report.sealed_step(where, checkpoint)
+    steps, named = chosen(where, checkpoint, average)
     refuse_foreign(where)
     subset = list(dict.fromkeys(subset))
     for name in subset:
         if not re.fullmatch(NAME, name):
             raise UsageError(f"--subset {name!r} is no subset's name", hint="such as --subset dev-clean")
-    name = "-".join([f"step-{step:08d}.evaluate", *subset, *(["beam"] if lm else [])])
-    options = [x for s in subset for x in ("--subset", s)]
+    name = "-".join([f"{named}.evaluate", *subset, *(["beam"] if lm else [])])
+    options = [x for s in subset for x in ("--subset", s)] + [x for s in steps for x in ("--step", str(s))]
     if lm is not None:
         options += ["--lm", str(lm.absolute()), "--beam", str(beam)]
         options += [f"--lm-weight={lm_weight}", f"--word-score={word_score}"]
     target = where.evaluations / f"{name}.json"
-    answer = verbs.answer_of("evaluate", str(where.root), "--step", str(step), "--target", str(target), *options)
+    answer = verbs.answer_of("evaluate", str(where.root), "--target", str(target), *options)
     if as_json:
         ui.answer(json.dumps(answer, indent=1))
         return
@@ -95,34 +96,48 @@ def export(
         typer.Argument(metavar="TARGET", help="A directory to make. Default: RUN/exports/step-….", show_default=False),
     ] = None,
     checkpoint: Step = "best",
+    average: Average = None,
 ) -> None:
     """Write a checkpoint's model as a directory that other programs load."""
-    from launcher import report, ui, verbs
+    from launcher import ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.rundir import Run
 
     where = Run(run)
-    step = report.sealed_step(where, checkpoint)
+    steps, named = chosen(where, checkpoint, average)
     refuse_foreign(where)
-    folder = (target or where.exports / f"step-{step:08d}").absolute()
+    folder = (target or where.exports / named).absolute()
     if folder.exists():
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
-    verbs.said_by("export", str(where.root), "--step", str(step), "--target", str(folder))
+    options = [x for s in steps for x in ("--step", str(s))]
+    verbs.said_by("export", str(where.root), "--target", str(folder), *options)
     ui.answer(str(folder))
 
 
 def transcribe(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory made by `export`.", show_default=False)],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Sound files.", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="Sound files, and folders of them.", show_default=False)
+    ],
+    format: Annotated[
+        list[str],
+        typer.Option(metavar="FORMAT", help="txt; or with times: json, srt. With --output repeatable."),
+    ] = ["txt"],  # noqa: B006
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a file for each sound file, by its path.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what a model hears in sound files."""
     from launcher import verbs
-    from launcher.errors import printable
+    from launcher.errors import UsageError
 
-    said = verbs.said_by("transcribe", "--", str(model), *map(str, files)).splitlines()
-    for line in (text for text in said if text.startswith("{")):  # libraries may say something too
-        row = json.loads(line)
-        # Not through rich, which makes blanks of a tab: this is for `cut -f2`.
-        print(line if as_json else f"{printable(row['file'])}\t{printable(row['text'])}")
+    for name in format:
+        if name not in ("txt", "json", "srt"):
+            raise UsageError(f"--format {name!r} is not known", hint="txt, json or srt")
+    options = [x for name in (["json"] if as_json else format) for x in ("--format", name)] + (
+        ["--output", str(output)] if output else []
+    )
+    verbs.shown("transcribe", *options, "--", str(model), *map(str, paths))

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from launcher import marks, redact, rundir, sealed
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     for verb in ("evaluate", "export"):
         command = verbs.add_parser(verb)
         command.add_argument("run", type=Path)
-        command.add_argument("--step", type=int, required=True)
+        command.add_argument("--step", type=int, required=True, action="append", help="several: their average")
         command.add_argument("--target", type=Path, required=True)
         if verb == "evaluate":
             command.add_argument("--subset", action="append", default=[])
@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     transcribe = verbs.add_parser("transcribe")
     transcribe.add_argument("model", type=Path)
     transcribe.add_argument("files", type=Path, nargs="+")
+    transcribe.add_argument("--format", action="append", choices=("txt", "json", "srt"))
+    transcribe.add_argument("--output", type=Path)
     allreduce = verbs.add_parser("allreduce")
     for number in ("rank", "world-size", "port", "gpu"):
         allreduce.add_argument(f"--{number}", type=int, default=0)
@@ -74,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.verb in ("allreduce", "fetch"):
             from launcher.worker import preflight as implementations
+        elif options.verb == "transcribe":
+            from launcher.worker import transcribe as implementations  # type: ignore[no-redef]
         else:
             from launcher.worker import verbs as implementations  # type: ignore[no-redef]
         with reading(options):
@@ -85,12 +89,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def reading(options: argparse.Namespace) -> AbstractContextManager[None]:
-    """The lease of a verb that works on a checkpoint: a run that goes on meanwhile does not remove it."""
-    if options.verb not in ("evaluate", "export", "sidecar"):
-        return nullcontext()
-    run = rundir.Attempt(options.attempt).run if options.verb == "sidecar" else rundir.Run(options.run)
-    return sealed.lease(run.checkpoint(options.step))
+def reading(options: argparse.Namespace) -> ExitStack:
+    """The leases of a verb that works on checkpoints: a run that goes on meanwhile does not remove them."""
+    leases = ExitStack()
+    if options.verb in ("evaluate", "export", "sidecar"):
+        run = rundir.Attempt(options.attempt).run if options.verb == "sidecar" else rundir.Run(options.run)
+        for step in [options.step] if options.verb == "sidecar" else options.step:
+            leases.enter_context(sealed.lease(run.checkpoint(step)))
+    return leases
 
 
 def beside_training() -> None:

@@ -108,11 +108,12 @@ def facts(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """WER of one sealed checkpoint, in this process and in fp32, whatever the run computed in."""
+    """WER of a sealed checkpoint or of an average of several, in this process and in fp32, whatever the run computed
+    in."""
     from launcher.worker.data import to_device
     from launcher.worker.evaluate import Evaluator
     from launcher.worker.ranks import Ranks
-    from launcher.worker.weights import restored
+    from launcher.worker.weights import restored, source_of
 
     run = Run(options.run)
     ranks = Ranks()
@@ -122,7 +123,8 @@ def evaluate(options: argparse.Namespace) -> int:
         recipe = recipe.model_copy(update={"evaluate": cadence})
     model = restored(run, options.step, recipe.backbone, recipe.seed).eval().to(ranks.device)
     evaluator = Evaluator(recipe, model, ranks)
-    facts: dict[str, Any] = {"mode": "evaluate"}
+    source = source_of(run, options.step)
+    facts: dict[str, Any] = {"mode": "evaluate", "source": source, "checkpoint": source["checkpoint"]}
     search: Any = None
     if options.lm is not None:
         from launcher.worker.beam_search import BeamSearch, Options
@@ -130,7 +132,8 @@ def evaluate(options: argparse.Namespace) -> int:
         wanted = Options(options.lm, options.beam, options.lm_weight, options.word_score)
         search = BeamSearch(model, wanted)
         facts |= {"decoder": str(wanted), "beam_search": wanted.to_json()}
-    say(f"evaluating step {options.step} on {ranks.device}")
+    which = f"the average of {len(options.step)} checkpoints" if len(options.step) > 1 else f"step {source['step']}"
+    say(f"evaluating {which} on {ranks.device}")
     began = time.monotonic()
 
     def infer(tensors: Any) -> Any:
@@ -144,8 +147,7 @@ def evaluate(options: argparse.Namespace) -> int:
     rows = evaluator.alone(infer, lambda: False)
     assert rows is not None
     facts["lasted_s"] = round(time.monotonic() - began, 3)
-    facts["checkpoint"] = rundir.manifest_of(run.checkpoint(options.step))["digest"]
-    result = evaluator.publish(options.target, options.step, rows, attempt=0, blocked_s=0.0, **facts)
+    result = evaluator.publish(options.target, source["step"], rows, attempt=0, blocked_s=0.0, **facts)
     print(json.dumps(result))
     return 0
 
@@ -247,62 +249,16 @@ def reshard(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """One checkpoint as a directory that other programs can load; sealed or absent."""
+    """A checkpoint, or the average of several, as a directory that other programs can load; sealed or absent."""
     from launcher.worker.models import write_export
-    from launcher.worker.weights import restored
+    from launcher.worker.weights import restored, source_of
 
     run = Run(options.run)
     recipe = recipe_file.load(run.resolved)
     model = restored(run, options.step, recipe.backbone, recipe.seed)
-    source = {
-        "run": str(run.root),
-        "step": options.step,
-        "checkpoint": rundir.manifest_of(run.checkpoint(options.step))["digest"],
-    }
     need = sum(p.numel() * p.element_size() for p in model.parameters())
     with staging.staged(options.target, need) as folder:
         write_export(model, folder)
-        rundir.seal(folder, options.target, {"format": "speechctl.export/1", "source": source})
+        rundir.seal(folder, options.target, {"format": "speechctl.export/1", "source": source_of(run, options.step)})
     print(options.target)
-    return 0
-
-
-def transcribe(options: argparse.Namespace) -> int:
-    """One line of JSON for each sound file, in the order given."""
-    import soundfile
-    import torch
-
-    from launcher.worker.data import to_device
-    from launcher.worker.librispeech import SAMPLE_RATE_HZ
-    from launcher.worker.models import load_export
-    from launcher.worker.ranks import Ranks
-
-    for path in options.files:
-        if not path.is_file():
-            raise UsageError(
-                f"{path}: no such file", hint="give sound files that soundfile can read, such as FLAC or WAV"
-            )
-    if options.model.is_dir() and (options.model / "speechctl.json").is_file():
-        rundir.verify(options.model)
-    device = Ranks().device
-    model = load_export(options.model).to(device)
-    for path in options.files:
-        try:
-            waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise DataError(f"{path} cannot be read as sound: {error}", hint="convert it to FLAC or WAV") from error
-        if len(waveform) == 0:
-            raise DataError(f"{path} holds no sound: 0 samples", hint="leave it out")
-        mono = waveform.mean(1)
-        if rate != SAMPLE_RATE_HZ:
-            import torchaudio
-
-            mono = torchaudio.functional.resample(torch.from_numpy(mono), rate, SAMPLE_RATE_HZ).numpy()
-        if model.max_samples and len(mono) > model.max_samples:
-            heard_s, length_s = model.max_samples / SAMPLE_RATE_HZ, len(mono) / SAMPLE_RATE_HZ
-            say(f"{path}: only the first {heard_s:.0f} s of {length_s:.1f} s are transcribed, all that the model takes")
-        with torch.inference_mode():
-            # A label is part of every batch; its loss is not looked at.
-            _, texts = model(to_device(model.collate([mono], ["A"]), device), transcribe=True)
-        print(json.dumps({"file": str(path), "text": texts[0]}), flush=True)
     return 0

@@ -1,15 +1,17 @@
-"""A sealed checkpoint's weights in one process, for whoever wants the model and not its training."""
+"""The weights of a sealed checkpoint, or the average of several, in one process: for whoever wants the model and not
+its training."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from launcher import recipe as schema
-from launcher import recipe_file, sealed
+from launcher import recipe_file, rundir, sealed
 from launcher.errors import DataError
 from launcher.rundir import Run
 from launcher.worker import learning, vocabularies
@@ -41,25 +43,63 @@ def weights_of(run: Run, step: int) -> dict[str, torch.Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in saved.items()}
 
 
-def restored(run: Run, step: int, backbone: schema.Backbone, seed: int) -> SpeechModel:
-    """The model with the weights of one sealed checkpoint, adapters merged into them.
+def average_of(run: Run, steps: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The mean of what several checkpoints of one run hold, as `weights_of` gives it: each element is summed in
+    float64, oldest first, divided by their number and rounded once to float32. What is not floating-point, such as a
+    counter, is the newest's. Of equal tensors the mean is that tensor, bit for bit: frozen weights stay what they are.
+
+    Takes the memory of three copies of the weights: the sum has two.
 
     Raises:
-        DataError: the checkpoint does not verify, or holds other weights than the model has.
+        DataError: a checkpoint does not verify, or holds other weights than the one before it.
     """
+    first, *others = sorted(steps)
+    newest = weights_of(run, first)
+    sums = {name: tensor.double() for name, tensor in newest.items() if tensor.is_floating_point()}
+    for step in others:
+        newest = weights_of(run, step)
+        shapes = {name: tensor.shape for name, tensor in newest.items() if tensor.is_floating_point()}
+        if shapes != {name: total.shape for name, total in sums.items()}:
+            raise DataError(
+                f"{run.checkpoint(step)} holds other weights than {run.checkpoint(first)}",
+                hint="average checkpoints of one model; `speechctl checkpoint verify` looks at each",
+            )
+        for name, total in sums.items():
+            total += newest[name]
+    return {name: sums[name].div_(len(steps)).float() if name in sums else newest[name] for name in newest}
+
+
+def source_of(run: Run, steps: Sequence[int]) -> dict[str, Any]:
+    """Which checkpoints weights were taken from, for the record: the newest, and all where there are several."""
+    digests = {step: str(rundir.manifest_of(run.checkpoint(step))["digest"]) for step in sorted(steps)}
+    newest = max(steps)
+    source: dict[str, Any] = {"run": str(run.root), "step": newest, "checkpoint": digests[newest]}
+    if len(steps) > 1:
+        source["average_of"] = [{"step": step, "checkpoint": digest} for step, digest in digests.items()]
+    return source
+
+
+def restored(run: Run, step: int | Sequence[int], backbone: schema.Backbone, seed: int) -> SpeechModel:
+    """The model with the weights of a sealed checkpoint, or with the average of several; adapters merged into them.
+
+    Raises:
+        DataError: a checkpoint does not verify, or holds other weights than the model has.
+    """
+    steps = [step] if isinstance(step, int) else step
     model = build(backbone, seed=seed, vocabulary=vocabularies.of_run(run))
     lora = recipe_file.load(run.resolved).lora
     if lora is not None:
         learning.adapt(model, lora)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        weights = weights_of(run, step)  # DeepSpeed prints its progress, and stdout is for our answer
+        # DeepSpeed prints its progress, and stdout is for our answer
+        weights = weights_of(run, steps[0]) if len(steps) == 1 else average_of(run, steps)
     problems: Any = model.load_state_dict(weights, strict=False)
     # Tied weights are stored once; whatever is left must share memory with something that was loaded.
     loaded = {t.data_ptr() for n, t in model.state_dict().items() if n in weights}
     missing = [n for n in problems.missing_keys if model.state_dict()[n].data_ptr() not in loaded]
     if missing or problems.unexpected_keys:
         raise DataError(
-            f"{run.checkpoint(step)} does not hold this model: missing {missing[:3]}, unexpected"
+            f"{run.checkpoint(max(steps))} does not hold this model: missing {missing[:3]}, unexpected"
             f" {problems.unexpected_keys[:3]}",
             hint="evaluate and export with the version of speechctl that trained the run",
         )

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from launcher import recipe as schema
-from launcher import rundir
-from launcher.errors import DataError, NotFoundError, SpeechctlError, UsageError
+from launcher.errors import DataError, NotFoundError, UsageError
 from launcher.rundir import Run, read_json, read_lines
 from launcher.worker import __main__ as worker
 from launcher.worker import masking, vocabulary
@@ -29,6 +27,7 @@ from launcher.worker.models import build, load_export, skeleton, write_export
 from launcher.worker.pack import write_pack
 from tests.worker.backbones import make_wav2vec2, make_whisper, wav2vec2, whisper, whisper_ctc
 from tests.worker.groups import prepared, trained_together
+from tests.worker.transcripts import transcribe
 
 
 @pytest.fixture(scope="module")
@@ -482,81 +481,10 @@ def test_a_directory_that_is_no_export(tmp_path: Path, damage: Callable[[Path], 
         load_export(tmp_path / "nowhere")
 
 
-# transcribe ----------------------------------------------------------------------------------------------------------
-
-
-def transcribe(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = worker.main(["transcribe", *map(str, arguments)])
-    except SpeechctlError as error:  # pragma: no cover
-        raise AssertionError("an error of ours left main") from error
-    seen = capsys.readouterr()
-    return code, seen.out, seen.err
-
-
-def exported(model: SpeechModel, folder: Path) -> None:
-    """What `speechctl export` leaves: sealed."""
-    staged = folder.with_name("staged")
-    staged.mkdir()
-    write_export(model, staged)
-    rundir.seal(staged, folder, {"format": "speechctl.export/1"})
-
-
 @pytest.fixture
 def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker binds itself to its parent's life, which the process of the tests must not."""
     monkeypatch.setattr(worker, "end_with_parent", lambda: None)
-
-
-@pytest.mark.usefixtures("unbound")
-def test_transcribe_files_of_any_rate(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Several files, in the order given; 8 kHz and stereo at 44.1 kHz give as much speech as 16 kHz."""
-    model = made(wav2vec2(sources["layer"]), seed=3).eval()
-    exported(model, tmp_path / "export")
-    files = [tmp_path / name for name in ("b.flac", "a.wav", "c.wav")]
-    seconds = np.arange(16_000) / 16_000
-    soundfile.write(files[0], 0.3 * np.sin(2 * np.pi * 300 * seconds), 16_000)
-    soundfile.write(files[1], 0.3 * np.sin(2 * np.pi * 300 * np.arange(8_000) / 8_000), 8_000)
-    stereo = 0.3 * np.sin(2 * np.pi * 300 * np.arange(44_100) / 44_100)
-    soundfile.write(files[2], np.stack([stereo, stereo], 1), 44_100)
-    code, out, err = transcribe(capsys, tmp_path / "export", *files)
-    assert (code, err) == (0, "")
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert [row["file"] for row in rows] == [str(f) for f in files]
-    waveform, _ = soundfile.read(files[0], dtype="float32")
-    assert rows[0]["text"] == hear(model, [waveform], ["A"])[1][0] != ""
-
-
-@pytest.mark.usefixtures("unbound")
-def test_transcribe_says_what_is_wrong(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    exported(made(whisper(sources["whisper"]), seed=3), tmp_path / "export")
-    long, bad, empty = (tmp_path / name for name in ("long.wav", "bad.flac", "empty.wav"))
-    soundfile.write(long, noise(31 * 16_000)[0], 16_000)
-    bad.write_bytes(b"no sound at all")
-    soundfile.write(empty, np.zeros(0), 16_000)
-    code, out, err = transcribe(capsys, tmp_path / "export", long)
-    assert code == 0 and json.loads(out)["file"] == str(long)
-    assert err == f"{long}: only the first 30 s of 31.0 s are transcribed, all that the model takes\n"
-    for file, wanted, words in [
-        (tmp_path / "missing.flac", 2, "no such file"),
-        (bad, 5, "cannot be read as sound"),
-        (empty, 5, "holds no sound"),
-    ]:
-        code, out, err = transcribe(capsys, tmp_path / "export", file)
-        assert (code, out) == (wanted, "")
-        assert err.startswith(f"error: {file}") and words in err and "\n\nhint: " in err
-    assert transcribe(capsys, sources["whisper"], long)[0] == 5
-    assert transcribe(capsys, tmp_path / "nowhere", long)[0] == 6
-    weights = tmp_path / "export" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    code, out, err = transcribe(capsys, tmp_path / "export", long)
-    assert (code, out) == (5, "") and "model.safetensors has changed since it was sealed" in err
 
 
 # Two ranks -----------------------------------------------------------------------------------------------------------
@@ -622,4 +550,4 @@ def test_backbones_under_zero_on_two_ranks(
         capsys.readouterr()
         code, out, err = transcribe(capsys, target, *files)
         assert code == 0, err
-        assert [json.loads(line)["text"] for line in out.splitlines()] == [row["text"] for row in rows], name
+        assert [line.partition("\t")[2] for line in out.splitlines()] == [row["text"] for row in rows], name

@@ -119,6 +119,19 @@ def test_export_and_transcribe_hear_what_training_heard(whole: Run, tmp_path: Pa
     assert done.stdout.splitlines() == wanted
 
 
+def test_an_average_is_evaluated(whole: Run, tmp_path: Path) -> None:
+    """Of the two newest checkpoints, each of two ranks' shards: by the command, with a record of what it is."""
+    last = whole.sealed_steps()[-2:]
+    done = speechctl("evaluate", str(whole.root), "--average", "last:2", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert [row["step"] for row in value["source"]["average_of"]] == last
+    assert read_json(whole.evaluations / f"step-{last[1]:08d}.average-last-2.evaluate.json") == value
+    assert value["utterances"] == 6 and value["words"] > 0
+    done = speechctl("evaluate", str(whole.root), "--average", "last:2", "--checkpoint", "last", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and "--average takes the place of --checkpoint" in done.stderr
+
+
 def test_another_number_of_ranks_goes_on(whole: Run, tmp_path: Path) -> None:
     """One rank in the place of two, by the commands that a person types; the curve goes on as it was, and no utterance
     is read twice."""
