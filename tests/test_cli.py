@@ -22,7 +22,7 @@ from tests.conftest import RECIPE, Golden, made_run, wait_until
 from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
-BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan"], ["evaluate", "export", "transcribe"]
+BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan"], ["evaluate", "report", "export", "transcribe"]
 CHECKPOINT = [f"checkpoint {word}" for word in ("ls", "verify", "prune", "pin", "unpin", "reshard")]
 COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "audit", "logs", "attach", "stop", *AFTER, *CHECKPOINT]
 

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher import account, cause, rundir
+from launcher import account, cause, rundir, shard_folder
 from launcher.errors import ExitCode, HostError
 from launcher.hosts import Host
 from launcher.marks import VARIABLE
@@ -79,6 +79,7 @@ def test_torchrun_gets_the_variables_of_the_attempt_and_no_others(stub: Stub) ->
     marks = {VARIABLE: seen["variables"].get(VARIABLE, "")}
     assert re.fullmatch(rf"/proc/{process.pid}/fd/\d+", marks[VARIABLE])
     given = rundir.read_json(attempt.env)["variables"] | {"PET_RDZV_ID": meeting["id"]}
+    given[shard_folder.VARIABLE] = str(attempt.root / "shards-000")
     assert seen["variables"] == {**given, **marks, **lc_ctype(seen["variables"])}
     assert not [word for word in seen["argv"] if meeting["id"] in word], "all users of a machine see a command line"
     assert attempt.rendezvous.stat().st_mode & 0o777 == 0o600
