@@ -251,6 +251,8 @@ class Checkpoints:
                 manifest = sealed.verify(self.run, step, share)
             except (DataError, NotFoundError) as error:
                 problem = error.message
+            except StorageError as error:
+                unreadable = error.message
             except OSError as error:
                 unreadable = f"{folder} cannot be read: {error}"
             problems = self.ranks.gather((problem, unreadable))

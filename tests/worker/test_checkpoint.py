@@ -209,14 +209,17 @@ def test_a_failed_save_leaves_nothing_and_the_third_in_a_row_ends_the_run(attemp
     assert attempt.run.sealed_steps() == [3]
 
 
-def test_what_cannot_be_read_is_not_put_aside(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "name"), [(rundir, "read_json"), (rundir, "digest_file")])
+def test_what_cannot_be_read_is_not_put_aside(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, where: object, name: str
+) -> None:
     """A stale handle or an I/O error on one rank says nothing about a checkpoint; one after the other was renamed."""
     them = saved(attempt, 5)
 
     def stale(*_: object) -> None:
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr(sealed, "verify", stale)
+    monkeypatch.setattr(where, name, stale)
     with pytest.raises(StorageError, match="Stale file handle"):
         them.restore(fresh=False)
     assert attempt.run.sealed_steps() == [5]
