@@ -155,6 +155,19 @@ def test_who_went_on_from_a_checkpoint_says_that_there_was_one(attempt: Attempt)
         checkpoints(attempt.run.new_attempt()).restore(fresh=False)
 
 
+def test_one_that_was_put_aside_says_that_there_was_one(attempt: Attempt) -> None:
+    """The first resume refused, and put the only checkpoint aside; the second began at step 0 without a word."""
+    saved(attempt, 5)
+    attempt.events.unlink()
+    (attempt.run.checkpoint(5) / "state.json").write_bytes(b"?")
+    for _ in range(2):
+        with pytest.raises(DataError, match="has sealed checkpoints before"):
+            checkpoints(attempt.run.new_attempt()).restore(fresh=False)
+    assert checkpoints(attempt.run.new_attempt()).restore(fresh=True) == (None, [])
+    assert checkpoints(attempt.run.new_attempt()).restore(fresh=False) == (None, [])
+    assert [p.name for p in attempt.run.checkpoints.iterdir()] == [".before-fresh-bad-step-00000005"]
+
+
 @only_root
 def test_a_disk_that_is_read_only_is_named_for_what_it_is(tmp_path: Path) -> None:
     """What is in the way of a resume cannot be put aside there: that was told as an error of the training code."""
