@@ -237,6 +237,8 @@ class Checkpoints:
                 with rundir.storage_errors(self.run.checkpoints):
                     for folder in (*map(self.run.checkpoint, steps), *self._put_aside()):
                         sealed.rename_aside(folder, "before-fresh")
+                    if self.run.evaluations.exists():  # steps come again, and are to be judged by their own
+                        sealed.rename_aside(self.run.evaluations, "before-fresh")
                 rundir.append_line(self.committer.attempt.events, {"event": "fresh", "time": time.time()})
             self.ranks.barrier()
             return None, []

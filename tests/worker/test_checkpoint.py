@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from launcher import rundir, sealed
+from launcher import retention, rundir, sealed
 from launcher.committer import File, Sink
 from launcher.errors import DataError, StorageError, UsageError
 from launcher.recipe import Checkpoint
+from launcher.retention import Rules
 from launcher.rundir import Attempt, Run
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress, rng_state, set_rng_state
 from launcher.worker.data import Tensors
@@ -191,6 +192,19 @@ def test_a_disk_that_is_read_only_is_named_for_what_it_is(tmp_path: Path) -> Non
 def test_fresh_keeps_what_was_sealed(attempt: Attempt) -> None:
     saved(attempt, 5).restore(fresh=True)
     assert [p.name for p in attempt.run.checkpoints.iterdir()] == [".before-fresh-step-00000005"]
+
+
+def test_after_fresh_no_step_is_judged_by_what_an_older_one_was(attempt: Attempt) -> None:
+    """Retention kept the second step 5 for the WER of the first."""
+    run = attempt.run
+    saved(attempt, 5)
+    run.evaluations.mkdir()
+    rundir.write_json(run.evaluation(5), {"wer": 0.1})
+    again = run.new_attempt()
+    checkpoints(again).restore(fresh=True)
+    saved(again, 5, 6, 7)
+    assert retention.surplus(run, Rules(), {5, 6, 7}) == [5]
+    assert (run.root / ".before-fresh-evaluations" / run.evaluation(5).name).exists()
 
 
 def test_a_run_that_never_sealed_starts_at_step_0(attempt: Attempt) -> None:
