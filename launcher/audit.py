@@ -358,6 +358,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
+            if line.endswith(rundir.TORN + b"\n"):  # the line that was begun there follows whole
+                continue
             try:
                 yield json.loads(line)
             except ValueError as error:

@@ -107,10 +107,17 @@ class Committer:
         self.rules = rules
         self.on_sealed = on_sealed
         self.first = first
-        self.staging = self.run.checkpoints / f".attempt-{attempt.number:04d}"
+        self.begun = 0
+        """Saves."""
         self.failed_in_a_row = 0
         self.whole: set[int] = set()
         """Steps that this attempt sealed, or has read and verified."""
+
+    @property
+    def staging(self) -> Path:
+        """Where this save is written; all ranks have begun as many. Another name each time: over NFS, a rank on another
+        node may take a name that it knows for the directory that had it before, which is sealed now."""
+        return self.run.checkpoints / f".attempt-{self.attempt.number:04d}.{self.begun}"
 
     def fence(self) -> None:
         """Rank 0, once its attempt's directory exists: take every unfinished checkpoint of an older attempt away, so
@@ -142,6 +149,7 @@ class Committer:
             said: called before each stage, with its name; the same on all ranks.
         """
         outcome = Outcome(step)
+        self.begun += 1
         try:
             said("room")
             need = sum(self._agree(lambda: _sizes(files)))
@@ -193,7 +201,8 @@ class Committer:
         if self.peers.rank != 0:
             return
         with rundir.storage_errors(self.staging, need):
-            shutil.rmtree(self.staging, ignore_errors=True)
+            for leftover in self.run.checkpoints.glob(f".attempt-{self.attempt.number:04d}.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             stat = os.statvfs(self.run.checkpoints)
             if stat.f_blocks and stat.f_bavail * stat.f_frsize < need:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

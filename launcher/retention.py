@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from launcher import rundir, sealed
 from launcher.errors import DataError, SpeechctlError
@@ -101,11 +102,18 @@ def wers(run: Run, steps: Sequence[int]) -> dict[int, float]:
 
 
 def retain(run: Run, rules: Rules, whole: set[int], best_step: int = -1) -> list[int]:
-    """Remove what `surplus` names; returns the steps that were removed. One that is leased waits for the next time.
+    """Remove what `surplus` names; returns the steps that were removed. One that is leased waits for the next time, and
+    so does one whose evaluation comes in meanwhile: it may be the best.
 
     Raises:
         StorageError: one could not be renamed away; nothing else was touched.
     """
     sealed.empty_trash(run)
+    known = wers(run, run.sealed_steps())
+
+    def is_judged(step: int) -> bool:
+        return wers(run, [step]).get(step) == known.get(step)
+
     with rundir.storage_errors(run.checkpoints):
-        return [step for step in surplus(run, rules, whole, best_step) if sealed.remove(run, step)]
+        goes = surplus(run, rules, whole, best_step)
+        return [step for step in goes if sealed.remove(run, step, partial(is_judged, step))]

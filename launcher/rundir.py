@@ -160,7 +160,11 @@ class Attempt:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_STORAGE = (*_FULL, errno.ENOENT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_GONE = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.ENXIO, errno.ENODEV)
+"""What NFS, Lustre, a file system in user space and a disk say that are not there any more."""
+
+_BROKEN = (errno.EIO, errno.EREMOTEIO, errno.EUCLEAN)
+_STORAGE = (*_FULL, *_GONE, *_BROKEN, errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 _need: ContextVar[int | None] = ContextVar("need", default=None)
@@ -287,7 +291,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-_TORN = b"\x18"
+TORN = b"\x18"
 """ASCII's CAN, "disregard what stands before": the end of a line that its writer never completed. JSON has none."""
 
 
@@ -305,7 +309,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         try:
             size = os.fstat(fd).st_size
             if size > 0 and os.pread(fd, 1, size - 1) != b"\n":
-                line = _TORN + b"\n" + line
+                line = TORN + b"\n" + line
             written = os.write(fd, line)
             if written < len(line):
                 os.ftruncate(fd, os.fstat(fd).st_size - written)
@@ -326,7 +330,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for number, line in enumerate(lines, start=1):
-        if line.endswith(_TORN):
+        if line.endswith(TORN):
             continue
         try:
             rows.append(json.loads(line))
@@ -432,14 +436,23 @@ def verify(root: Path, share: slice = slice(None)) -> dict[str, Any]:
             are checked for all.
 
     Raises:
-        DataError: names the first file that is missing, extra, unreadable, of another size or of another content.
+        DataError: names the first file that is missing, extra, of another size or of another content.
+        StorageError: one cannot be read just now, which says nothing of its content.
     """
     manifest = manifest_of(root)
     for problem in misfits(root, manifest).values():
         raise DataError(problem, hint=DAMAGED)
     for name, digest in sorted(manifest["files"].items())[share]:
-        if problem := damage(root / name, digest):
-            raise DataError(problem, hint=DAMAGED)
+        try:
+            whole = digest_file(root / name) == digest
+        except FileNotFoundError as error:
+            raise DataError(f"{root / name} is missing", hint=DAMAGED) from error
+        except OSError as error:
+            raise StorageError(
+                f"{root / name} cannot be read: {error.strerror}", hint="mend the file system, then try again"
+            ) from error
+        if not whole:
+            raise DataError(_changed(root / name), hint=DAMAGED)
     return manifest
 
 
@@ -470,4 +483,8 @@ def damage(path: Path, digest: Mapping[str, Any], each: Callable[[int], object] 
         found = digest_file(path, each)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    return "" if found == digest else f"{path} has changed since it was sealed (xxh3-128 differs)"
+    return "" if found == digest else _changed(path)
+
+
+def _changed(path: Path) -> str:
+    return f"{path} has changed since it was sealed (xxh3-128 differs)"

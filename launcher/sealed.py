@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,12 @@ def leased(folder: Path) -> bool:
         os.close(fd)
 
 
-def remove(run: Run, step: int) -> bool:
-    """Take a sealed checkpoint away. Returns whether it went: one that is leased or pinned stays."""
+def remove(run: Run, step: int, still: Callable[[], bool] = lambda: True) -> bool:
+    """Take a sealed checkpoint away. Returns whether it went: one that is leased or pinned stays.
+
+    Args:
+        still: whether it is to go, asked when nobody has a lease on it any more.
+    """
     folder = run.checkpoint(step)
     try:
         # To write: over NFS a lock of one's own needs that.
@@ -120,7 +124,7 @@ def remove(run: Run, step: int) -> bool:
     except FileNotFoundError:
         return False
     try:
-        if not _lock(fd, fcntl.LOCK_EX) or step in pinned(run):
+        if not _lock(fd, fcntl.LOCK_EX) or step in pinned(run) or not still():
             return False
         trash(folder)
         return True

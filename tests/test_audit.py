@@ -125,6 +125,17 @@ def test_a_line_that_is_missing_or_twice_is_located(it: Made) -> None:
     assert first(audit(it.run)).startswith("attempt 1, rank 0, step 1: the ledger has two lines for this step")
 
 
+def test_half_a_line_that_its_writer_closed_is_passed_over(it: Made) -> None:
+    """A disk took half of a line and could not give it back; the line was written again behind it."""
+    path = ledger(it, 1, 0)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:9])
+    for line in lines[1:]:
+        rundir.append_line(path, json.loads(line))
+    assert path.read_bytes().count(b"\n") == len(lines) + 1
+    assert audit(it.run).discrepancies == []
+
+
 def test_a_ledger_that_is_gone_is_missed(it: Made) -> None:
     ledger(it, 1, 1).unlink()
     assert first(audit(it.run)).startswith("attempt 1, rank 1, step 1: the ledger has no line for this step")

@@ -67,7 +67,7 @@ def test_a_disk_that_turns_read_only_costs_saves_and_no_checkpoint(tmp_path: Pat
         committer = alone(run, 1, 2)
         with read_only(disk):
             outcome = committer.settle(committer.save(3, files(3, 0), {"world_size": 1}), Alone())
-        assert f"cannot write {run.checkpoints / '.attempt-0001'}: Read-only file system (" in outcome.error
+        assert f"cannot write {run.checkpoints / '.attempt-0001.3'}: Read-only file system (" in outcome.error
         assert good(run) == [1, 2]
         assert committer.save(3, files(3, 0), {"world_size": 1}).error == ""
         assert good(run) == [1, 2, 3]

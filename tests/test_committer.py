@@ -146,6 +146,17 @@ def test_who_has_the_run_is_asked_at_every_save(run: Run) -> None:
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000001"]
 
 
+def test_no_two_saves_are_written_under_one_name(run: Run) -> None:
+    """An NFS client takes a name for the directory that had it, for up to a minute: another node's rank would have
+    written into the checkpoint that was sealed just before. What a save left there is gone with the next."""
+    committer = alone(run, 1)
+    first = committer.staging
+    first.mkdir()
+    assert not committer.save(2, files(2, 0), {"world_size": 1}).error
+    assert committer.staging != first and not list(run.checkpoints.glob(".*"))
+    assert good(run) == [1, 2]
+
+
 def test_a_fence_between_the_mkdir_and_the_files_is_not_jumped(run: Run) -> None:
     """On its way to `deepspeed/…` a rank made all missing parents, the fenced staging directory among them: the orphan
     then found every file it had written there, and sealed them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,6 +43,24 @@ def test_a_disk_that_takes_none_for_a_while_costs_none(
 
 
 @only_root
+@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.EUCLEAN, errno.ENXIO])
+def test_a_file_system_that_is_gone_costs_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Lustre that evicted this client, FUSE whose server died, ext4 that found itself damaged: what a rank says of its
+    steps waits, as on a full disk, where it was taken for an error of the training code."""
+
+    def gone(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    said = Lines(tmp_path / "lines")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", gone)
+        said.append({"step": 1})
+        with pytest.raises(StorageError, match=os.strerror(number)):
+            said.sync()
+    said.sync()
+    assert rundir.read_lines(said.path) == [{"step": 1}]
+
+
 def test_what_is_written_over_needs_no_room(tmp_path: Path) -> None:
     """An agent emptied its file before it wrote the next beat: on a full disk it was silent, and its node taken for
     lost."""

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +90,29 @@ with sealed.lease(Path(sys.argv[1])):
     print("reads", flush=True)
     sys.stdin.read()
 """
+
+
+def test_one_whose_evaluation_comes_in_meanwhile_is_judged_the_next_time(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sidecar publishes the best WER and lets go of its checkpoint between what the rules say and the removal."""
+    alone(run, *range(1, 6))
+    run.evaluations.mkdir()
+    surplus = retention.surplus
+    with ExitStack() as sidecar:
+        sidecar.enter_context(sealed.lease(run.checkpoint(2)))
+
+        def before(*arguments: Any) -> list[int]:
+            goes = surplus(*arguments)
+            rundir.write_json(run.evaluation(2), {"wer": 0.1})
+            sidecar.close()
+            return goes
+
+        monkeypatch.setattr(retention, "surplus", before)
+        assert retention.retain(run, Rules(), set()) == [1, 3]
+    monkeypatch.undo()
+    assert retention.retain(run, Rules(), set()) == []
+    assert run.sealed_steps() == [2, 4, 5]
 
 
 @pytest.mark.parametrize("end", ["leaves", "is killed"])

@@ -235,8 +235,10 @@ class Checkpoints:
         if fresh:
             if self.ranks.rank == 0:
                 with rundir.storage_errors(self.run.checkpoints):
-                    for folder in map(self.run.checkpoint, steps):
+                    for folder in (*map(self.run.checkpoint, steps), *self._put_aside()):
                         sealed.rename_aside(folder, "before-fresh")
+                    if self.run.evaluations.exists():  # steps come again, and are to be judged by their own
+                        sealed.rename_aside(self.run.evaluations, "before-fresh")
                 rundir.append_line(self.committer.attempt.events, {"event": "fresh", "time": time.time()})
             self.ranks.barrier()
             return None, []
@@ -251,6 +253,8 @@ class Checkpoints:
                 manifest = sealed.verify(self.run, step, share)
             except (DataError, NotFoundError) as error:
                 problem = error.message
+            except StorageError as error:
+                unreadable = error.message
             except OSError as error:
                 unreadable = f"{folder} cannot be read: {error}"
             problems = self.ranks.gather((problem, unreadable))
@@ -283,8 +287,10 @@ class Checkpoints:
         return None, put_aside
 
     def _has_sealed_before(self) -> bool:
-        """Whether one was sealed since the run last started over. Who went on from one says so too: a kill, or a power
-        cut, may come between a seal and its event."""
+        """Whether one was sealed since the run last started over. Who went on from one says so too, and so does one
+        that was put aside: a kill, or a power cut, may come between a seal and its event."""
+        if self._put_aside():
+            return True
         sealed_before = False
         for event in (e for a in self.run.attempts() for e in rundir.read_lines(a.events)):
             if event["event"] == "fresh":
@@ -292,6 +298,9 @@ class Checkpoints:
             elif event["event"] == "sealed" or (event["event"] == "started" and event["step"] > 0):
                 sealed_before = True
         return sealed_before
+
+    def _put_aside(self) -> list[Path]:
+        return [manifest.parent for manifest in self.run.checkpoints.glob(f".bad-step-*/{rundir.MANIFEST}")]
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------

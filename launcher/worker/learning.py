@@ -29,10 +29,7 @@ def prepare(model: SpeechModel, recipe: Recipe) -> SpeechModel:
     """
     if recipe.lora is not None:
         adapt(model, recipe.lora)
-    for freeze in recipe.freeze:
-        names = matching(model, freeze.parts, "freeze.parts") - matching(model, freeze.but, "freeze.but")
-        if freeze.is_forever:
-            require_grad(model, names, False)
+    freeze_for_ever(model, recipe.freeze)
     if not model.trained():
         raise UsageError("nothing of the model learns: all of it is frozen", hint="take a part out of `freeze`")
     if recipe.activation_checkpointing:
@@ -85,6 +82,14 @@ def require_grad(model: SpeechModel, parts: set[str], value: bool) -> None:
     for name, parameter in model.named_parameters():
         if of[name] in parts:
             parameter.requires_grad_(value)
+
+
+def freeze_for_ever(model: SpeechModel, rules: Iterable[Freeze]) -> None:
+    """Take the gradients from what never learns; looks at the other rules, too."""
+    for freeze in rules:
+        names = matching(model, freeze.parts, "freeze.parts") - matching(model, freeze.but, "freeze.but")
+        if freeze.is_forever:
+            require_grad(model, names, False)
 
 
 # The optimizer -------------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ class Shards:
             DataError: ranks count differently.
         """
         states = (base["state"].get(self._numbers(base)[group]) for base in map(self._base, self._states))
-        counts = {float(state["step"]) for state in states if state is not None}
+        # At ZeRO 1 and 2 DeepSpeed leaves an empty state where there is none.
+        counts = {float(state["step"]) for state in states if state}
         if len(counts) > 1:
             raise DataError(f"{self.folder}: the optimizer's steps differ: {sorted(counts)}", hint=HINT)
         return counts.pop() if counts else None
@@ -168,9 +169,14 @@ class Shards:
         return {name: self.module[name] for name in self._models[0]["buffer_names"]}
 
     def frozen(self) -> dict[str, int]:
-        """Elements of each parameter that is not trained, where those are cut up: at ZeRO 3."""
+        """Elements of each parameter that is not trained, where those are cut up: at ZeRO 3.
+
+        DeepSpeed lists whatever has no gradient when it saves: also what is frozen for some of the steps, and has its
+        place among those that are trained.
+        """
         shapes = self._models[0]["frozen_param_shapes"] or {} if self.stage == 3 else {}
-        return {name: shape.numel() for name, shape in shapes.items()}
+        trained = self.sizes()
+        return {name: shape.numel() for name, shape in shapes.items() if name not in trained}
 
     def read_frozen(self, name: str) -> Tensor:
         """A flattened parameter that is not trained, in the type it was computed in."""

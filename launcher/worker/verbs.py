@@ -206,6 +206,7 @@ def reshard(options: argparse.Namespace) -> int:
     """
     import torch
 
+    from launcher.worker import learning
     from launcher.worker.checkpoint import Progress
     from launcher.worker.sampler import accumulation, utterances_in
     from launcher.worker.shards import Shards, check_coverage
@@ -215,7 +216,8 @@ def reshard(options: argparse.Namespace) -> int:
     run, world_size = Run(options.run), options.ranks
     recipe, folder = recipe_file.load(run.resolved), run.checkpoint(options.step)
     say(f"reading step {options.step} as {world_size} ranks would")
-    model = restored(run, options.step, recipe.backbone, recipe.seed)
+    model = restored(run, options.step, recipe.backbone, recipe.seed, merged=False)
+    learning.freeze_for_ever(model, recipe.freeze)
     manifest = rundir.manifest_of(folder)
     identity, progress = manifest["identity"], Progress.from_json(manifest["progress"])
     if identity["zero_stage"] in ("1", "2", "3"):

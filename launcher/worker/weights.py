@@ -79,8 +79,13 @@ def source_of(run: Run, steps: Sequence[int]) -> dict[str, Any]:
     return source
 
 
-def restored(run: Run, step: int | Sequence[int], backbone: schema.Backbone, seed: int) -> SpeechModel:
-    """The model with the weights of a sealed checkpoint, or with the average of several; adapters merged into them.
+def restored(
+    run: Run, step: int | Sequence[int], backbone: schema.Backbone, seed: int, *, merged: bool = True
+) -> SpeechModel:
+    """The model with the weights of a sealed checkpoint, or with the average of several.
+
+    Args:
+        merged: adapters are merged into the weights; otherwise they are as in training.
 
     Raises:
         DataError: a checkpoint does not verify, or holds other weights than the model has.
@@ -103,6 +108,6 @@ def restored(run: Run, step: int | Sequence[int], backbone: schema.Backbone, see
             f" {problems.unexpected_keys[:3]}",
             hint="evaluate and export with the version of speechctl that trained the run",
         )
-    if lora is not None:
+    if lora is not None and merged:
         learning.merge(model)
     return model

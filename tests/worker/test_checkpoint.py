@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from launcher import rundir, sealed
+from launcher import retention, rundir, sealed
 from launcher.committer import File, Sink
 from launcher.errors import DataError, StorageError, UsageError
 from launcher.recipe import Checkpoint
+from launcher.retention import Rules
 from launcher.rundir import Attempt, Run
 from launcher.worker.checkpoint import Checkpoints, Identity, Progress, rng_state, set_rng_state
 from launcher.worker.data import Tensors
@@ -155,6 +156,19 @@ def test_who_went_on_from_a_checkpoint_says_that_there_was_one(attempt: Attempt)
         checkpoints(attempt.run.new_attempt()).restore(fresh=False)
 
 
+def test_one_that_was_put_aside_says_that_there_was_one(attempt: Attempt) -> None:
+    """The first resume refused, and put the only checkpoint aside; the second began at step 0 without a word."""
+    saved(attempt, 5)
+    attempt.events.unlink()
+    (attempt.run.checkpoint(5) / "state.json").write_bytes(b"?")
+    for _ in range(2):
+        with pytest.raises(DataError, match="has sealed checkpoints before"):
+            checkpoints(attempt.run.new_attempt()).restore(fresh=False)
+    assert checkpoints(attempt.run.new_attempt()).restore(fresh=True) == (None, [])
+    assert checkpoints(attempt.run.new_attempt()).restore(fresh=False) == (None, [])
+    assert [p.name for p in attempt.run.checkpoints.iterdir()] == [".before-fresh-bad-step-00000005"]
+
+
 @only_root
 def test_a_disk_that_is_read_only_is_named_for_what_it_is(tmp_path: Path) -> None:
     """What is in the way of a resume cannot be put aside there: that was told as an error of the training code."""
@@ -178,6 +192,19 @@ def test_a_disk_that_is_read_only_is_named_for_what_it_is(tmp_path: Path) -> Non
 def test_fresh_keeps_what_was_sealed(attempt: Attempt) -> None:
     saved(attempt, 5).restore(fresh=True)
     assert [p.name for p in attempt.run.checkpoints.iterdir()] == [".before-fresh-step-00000005"]
+
+
+def test_after_fresh_no_step_is_judged_by_what_an_older_one_was(attempt: Attempt) -> None:
+    """Retention kept the second step 5 for the WER of the first."""
+    run = attempt.run
+    saved(attempt, 5)
+    run.evaluations.mkdir()
+    rundir.write_json(run.evaluation(5), {"wer": 0.1})
+    again = run.new_attempt()
+    checkpoints(again).restore(fresh=True)
+    saved(again, 5, 6, 7)
+    assert retention.surplus(run, Rules(), {5, 6, 7}) == [5]
+    assert (run.root / ".before-fresh-evaluations" / run.evaluation(5).name).exists()
 
 
 def test_a_run_that_never_sealed_starts_at_step_0(attempt: Attempt) -> None:
@@ -209,14 +236,17 @@ def test_a_failed_save_leaves_nothing_and_the_third_in_a_row_ends_the_run(attemp
     assert attempt.run.sealed_steps() == [3]
 
 
-def test_what_cannot_be_read_is_not_put_aside(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "name"), [(rundir, "read_json"), (rundir, "digest_file")])
+def test_what_cannot_be_read_is_not_put_aside(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, where: object, name: str
+) -> None:
     """A stale handle or an I/O error on one rank says nothing about a checkpoint; one after the other was renamed."""
     them = saved(attempt, 5)
 
     def stale(*_: object) -> None:
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr(sealed, "verify", stale)
+    monkeypatch.setattr(where, name, stale)
     with pytest.raises(StorageError, match="Stale file handle"):
         them.restore(fresh=False)
     assert attempt.run.sealed_steps() == [5]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import os
 import socket
@@ -15,11 +17,11 @@ import pytest
 import torch
 import xxhash
 
+from launcher import audit, recipe_file, report, rundir
 from launcher import recipe as schema
-from launcher import recipe_file, report, rundir
 from launcher.errors import UsageError
 from launcher.rundir import Run, read_json, read_lines
-from launcher.worker import learning
+from launcher.worker import learning, verbs
 from launcher.worker.learning import part_of
 from launcher.worker.models import build
 from launcher.worker.pace import Pace
@@ -59,7 +61,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TINY = schema.TinyCtc(kind="tiny-ctc", hidden=32, layers=2, dropout=0.0, spec_augment=False)
 
 
-def prepared(root: Path, name: str, stage: str, **changes: Any) -> Run:
+def prepared(root: Path, name: str, stage: str, precision: str = "fp32", **changes: Any) -> Run:
     """A run directory as `launch` leaves it: four micro-batches a step, over any number of ranks up to four."""
     fixed: dict[str, Any] = {
         "max_steps": STEPS,
@@ -67,7 +69,7 @@ def prepared(root: Path, name: str, stage: str, **changes: Any) -> Run:
         "optimizer": {"learning_rate": 1e-2},
         "checkpoint": {"every_steps": 100},
     }
-    return worlds.prepare(root / name, root, TINY, stage, "fp32", **{**fixed, **changes})
+    return worlds.prepare(root / name, root, TINY, stage, precision, **{**fixed, **changes})
 
 
 class Twisted(Harm):
@@ -299,6 +301,37 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_model(packed: Path) -> N
         noise = [np.random.default_rng(7).standard_normal(n).astype(np.float32) for n in (16_000, 9_000)]
         batch = merged.collate(noise, ["HELLO", "A B"])
         torch.testing.assert_close(merged.eval()(batch)[0], apart.eval()(batch)[0], rtol=1e-5, atol=0)
+
+
+# Another number of ranks ---------------------------------------------------------------------------------------------
+
+CHANGED = 2
+"""Where two ranks become one: the layers have not learned yet, and the optimizer has nothing of them."""
+
+
+@pytest.mark.ranks
+def test_another_number_of_ranks_goes_on(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From where some of what learns is frozen, and with adapters in bf16; as it would without ZeRO. `reshard` says
+    beforehand that it can be done."""
+    optimizer = {"learning_rate": 1e-2, "layer_decay": 0.7}
+    frozen = {
+        stage: prepared(packed, f"frozen-{stage}", stage, **STORY, optimizer=optimizer)
+        for stage in (STAGES if ALL else ("off", "2", "3"))
+    }
+    adapted = {stage: prepared(packed, f"adapted-{stage}", stage, "bf16", **LORA) for stage in ("2", "3")}
+    runs = [*frozen.values(), *adapted.values()]
+    train(runs, CHANGED)
+    for run in runs:
+        assert verbs.reshard(argparse.Namespace(run=run.root, step=CHANGED, ranks=1)) == 0
+        assert json.loads(capsys.readouterr().out)["saved_by"] == 2
+    worlds.train(1, [run.new_attempt() for run in runs])
+    for run in runs:
+        assert [e["step"] for a in run.attempts() for e in events(a, "started")] == [0, CHANGED]
+        assert audit.audit(run).to_json()["exact"]
+    expected = numbers(frozen["off"])
+    assert len(expected) == 2 * STEPS
+    for stage, run in frozen.items():
+        assert numbers(run) == pytest.approx(expected, rel=1e-4), stage
 
 
 @pytest.mark.parametrize(
