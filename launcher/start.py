@@ -124,6 +124,7 @@ def resume(
         words = [word for override in overrides for word in ("--set", override)]
         return follow.tell_detached(run, *["--fresh"] * fresh, *words)
     with (jobs.LockInJob if in_allocation else RunLock)(run, _command()):
+        reshape.refuse_others(run, overrides)
         state = report.read(run)
         is_whole = state.max_steps in state.sealed or (state.history and state.history[-1].why)
         if state.state == "finished" and is_whole and not fresh:
@@ -131,7 +132,6 @@ def resume(
             show(run)
             return ExitCode.FINISHED
         new_run.refuse_edited(run)
-        reshape.refuse_others(run, overrides)
         hosts: list[Host] | None = None
         if in_allocation:
             before = plans.Plan.from_json(rundir.read_json(run.plan))

@@ -50,6 +50,15 @@ def test_only_how_it_is_launched_may_change(stub: Stub, key: str) -> None:
     assert stub.run.resolved.read_bytes() == before and stub.run.attempts() == []
 
 
+def test_another_recipe_is_refused_of_a_finished_run_too(stub: Stub) -> None:
+    """`--set max_steps=100` was answered with "is finished" and exit code 0, and nothing was trained."""
+    stub.behave("train 50", "train 50")
+    assert stub.speechctl("launch", "stub.yaml").returncode == ExitCode.FINISHED
+    done = stub.speechctl("resume", "stub", "--set", "max_steps=100")
+    assert done.returncode == ExitCode.USAGE and "error: --set max_steps at a resume" in done.stderr
+    assert stub.speechctl("resume", "stub").returncode == ExitCode.FINISHED
+
+
 def test_a_mistake_in_the_change_changes_nothing(stub: Stub) -> None:
     assert stub.speechctl("launch", "stub.yaml", "--hold").returncode == 0
     before = {p: p.read_bytes() for p in stub.run.root.glob("*.*")}
