@@ -59,6 +59,19 @@ def test_another_recipe_is_refused_of_a_finished_run_too(stub: Stub) -> None:
     assert stub.speechctl("resume", "stub").returncode == ExitCode.FINISHED
 
 
+def test_who_a_run_is_must_be_known_before_its_checkpoints_are_judged(stub: Stub) -> None:
+    """Without provenance.json, which has the run's id, each checkpoint was taken for one of another run, and put
+    aside."""
+    stub.behave("train 12", "train 12")
+    assert stub.speechctl("launch", "stub.yaml").returncode == ExitCode.FINISHED
+    sealed = stub.run.sealed_steps()
+    stub.run.provenance.unlink()
+    done = stub.speechctl("resume", "stub")
+    assert done.returncode == ExitCode.DATA, done.stderr
+    assert f"error: {stub.run.provenance} is missing" in done.stderr and "restore it" in done.stderr
+    assert stub.run.sealed_steps() == sealed and len(stub.run.attempts()) == 1
+
+
 def test_a_mistake_in_the_change_changes_nothing(stub: Stub) -> None:
     assert stub.speechctl("launch", "stub.yaml", "--hold").returncode == 0
     before = {p: p.read_bytes() for p in stub.run.root.glob("*.*")}
