@@ -59,6 +59,15 @@ def test_another_recipe_is_refused_of_a_finished_run_too(stub: Stub) -> None:
     assert stub.speechctl("resume", "stub").returncode == ExitCode.FINISHED
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(stub: Stub) -> None:
+    """`checkpoint verify` says that a resume passes over what does not verify; it said that the run is finished."""
+    stub.behave("train 50", "train 50")
+    assert stub.speechctl("launch", "stub.yaml").returncode == ExitCode.FINISHED
+    (stub.run.checkpoint(50) / "weights").write_bytes(b"flip")
+    stub.speechctl("resume", "stub")
+    assert len(stub.run.attempts()) == 2
+
+
 def test_who_a_run_is_must_be_known_before_its_checkpoints_are_judged(stub: Stub) -> None:
     """Without provenance.json, which has the run's id, each checkpoint was taken for one of another run, and put
     aside."""
