@@ -119,16 +119,23 @@ class Committer:
         node may take a name that it knows for the directory that had it before, which is sealed now."""
         return self.run.checkpoints / f".attempt-{self.attempt.number:04d}.{self.begun}"
 
-    def fence(self) -> None:
+    def fence(self) -> list[str]:
         """Rank 0, once its attempt's directory exists: take every unfinished checkpoint of an older attempt away, so
-        that an orphan has nothing left to rename. `_refuse_if_superseded` has the other half of the argument."""
+        that an orphan has nothing left to rename. `_refuse_if_superseded` has the other half of the argument.
+
+        Returns:
+            what was wrong with those that were put aside: they have lost their manifests.
+        """
+        problems = []
         for leftover in sorted(self.run.checkpoints.glob(".attempt-*")):
             sealed.trash(leftover)
         for torn in self.run.checkpoints.glob("step-*"):
             # Not ours to seal, and in the way of the one that will be.
             if torn.is_dir() and not (torn / rundir.MANIFEST).is_file():
                 sealed.rename_aside(torn, "bad")
+                problems.append(f"{torn} has no {rundir.MANIFEST}")
         sealed.empty_trash(self.run)
+        return problems
 
     # One save --------------------------------------------------------------------------------------------------------
 

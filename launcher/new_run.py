@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import lock, ownership, redact, rundir
-from launcher.errors import UsageError
+from launcher.errors import DataError, UsageError
 from launcher.plan import Plan
 from launcher.rundir import Run
 
@@ -95,8 +95,15 @@ def refuse_edited(run: Run) -> None:
     """
     Raises:
         UsageError: resolved.yaml is not what the run was launched with; half a run would be of another recipe.
+        DataError: nothing says which run this is, and every checkpoint would be taken for one of another run.
     """
     known = rundir.read_json(run.provenance) or {}
+    if "id" not in known and run.sealed_steps():
+        raise DataError(
+            f"{run.provenance} {'has no id' if known else 'is missing'}, and without it no checkpoint is known to be of"
+            " this run",
+            hint="restore it from a copy; the checkpoints are as they were",
+        )
     recorded = known.get("resolved")
     # One from before is that of a resume which was killed while it wrote another.
     if recorded is not None and rundir.digest_file(run.resolved) not in (recorded, *known.get("resolved_before", [])):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher import lock, retention, rundir
-from launcher.errors import DataError, ExitCode, NotFoundError, UsageError
+from launcher.errors import DataError, ExitCode, NotFoundError, StorageError, UsageError
 from launcher.rundir import Attempt, Run
 
 
@@ -116,6 +116,7 @@ def read(run: Run) -> Report:
     Raises:
         NotFoundError: there is no run in that directory.
         DataError: one of its files is not what speechctl writes.
+        StorageError: one of them cannot be read.
     """
     if not run.exists():
         raise NotFoundError(
@@ -128,6 +129,11 @@ def read(run: Run) -> Report:
         raise DataError(
             f"a file of {run.root} is not what speechctl writes ({type(error).__name__}: {error})",
             hint="plan.json, best.json, exit.json and the like are not for editing; restore what was there",
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {error.filename or run.root}: {error.strerror}",
+            hint="mend the file system, or make it readable; nothing was changed",
         ) from error
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import (
+    checkpoints,
     environment,
     facts,
     follow,
@@ -124,14 +125,13 @@ def resume(
         words = [word for override in overrides for word in ("--set", override)]
         return follow.tell_detached(run, *["--fresh"] * fresh, *words)
     with (jobs.LockInJob if in_allocation else RunLock)(run, _command()):
+        reshape.refuse_others(run, overrides)
         state = report.read(run)
-        is_whole = state.max_steps in state.sealed or (state.history and state.history[-1].why)
-        if state.state == "finished" and is_whole and not fresh:
+        if state.state == "finished" and not fresh and _is_whole(run, state):
             ui.say(f"{run.root} is finished")
             show(run)
             return ExitCode.FINISHED
         new_run.refuse_edited(run)
-        reshape.refuse_others(run, overrides)
         hosts: list[Host] | None = None
         if in_allocation:
             before = plans.Plan.from_json(rundir.read_json(run.plan))
@@ -150,6 +150,13 @@ def resume(
             return _submitted(run, jobs.submit(run, value, fresh=fresh))
         preflight.before_launch(value, made.hosts)
         return _attempts(run, value, made, fresh=fresh, debug=debug)
+
+
+def _is_whole(run: Run, state: report.Report) -> bool:
+    """Whether a run that came to its end still has what it came to."""
+    if state.history and state.history[-1].why:
+        return True
+    return state.max_steps in state.sealed and checkpoints.verify(run, state.max_steps).state == "verified"
 
 
 def _go_on(run: Run, overrides: list[str], hosts: list[Host] | None) -> tuple[Recipe, Plan]:

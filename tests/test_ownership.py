@@ -43,6 +43,20 @@ def test_what_others_may_write_is_refused(tmp_path: Path, which: str, mode: int)
     refuse_foreign(run)
 
 
+@pytest.mark.parametrize("which", ["", "weights", "MANIFEST.json"])
+def test_a_checkpoint_that_others_may_write_is_refused(tmp_path: Path, which: str) -> None:
+    """Only the directory of all was looked at. Who may write a checkpoint may write its manifest, too, or a file in the
+    place of one that was hashed before."""
+    run = made_run(tmp_path / "run", "stopped")
+    path = run.checkpoint(run.sealed_steps()[0]) / which
+    path.touch()
+    path.chmod(0o666 | path.stat().st_mode & 0o111)
+    with pytest.raises(UsageError, match=f"others may write to {path} "):
+        refuse_foreign(run)
+    path.chmod(0o700)
+    refuse_foreign(run)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a directory away")
 @pytest.mark.parametrize("which", ["", "checkpoints"])
 def test_what_belongs_to_another_is_refused(tmp_path: Path, which: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher import report, rundir
-from launcher.errors import NotFoundError, UsageError, in_bytes
+from launcher.errors import NotFoundError, StorageError, UsageError, in_bytes
 from launcher.hosts import Host
 from launcher.lock import RunLock
 from launcher.rundir import Run
@@ -37,6 +37,15 @@ def test_a_best_checkpoint_that_is_gone_is_not_offered(tmp_path: Path) -> None:
     assert report.read(run).best == {"step": 6, "wer": 0.375}
     (run.checkpoint(6) / rundir.MANIFEST).unlink()
     assert report.read(run).best is None
+
+
+def test_a_file_that_cannot_be_read_is_no_bug_of_ours(tmp_path: Path) -> None:
+    """An I/O error, or a mode of 000, was told with a traceback and exit code 70."""
+    run = made_run(tmp_path / "run", "finished")
+    run.best.unlink(missing_ok=True)
+    run.best.mkdir()
+    with pytest.raises(StorageError, match=f"cannot read {run.best}: Is a directory"):
+        report.read(run)
 
 
 def test_a_held_run_is_running_unless_we_hold_it(tmp_path: Path) -> None:

@@ -50,6 +50,37 @@ def test_only_how_it_is_launched_may_change(stub: Stub, key: str) -> None:
     assert stub.run.resolved.read_bytes() == before and stub.run.attempts() == []
 
 
+def test_another_recipe_is_refused_of_a_finished_run_too(stub: Stub) -> None:
+    """`--set max_steps=100` was answered with "is finished" and exit code 0, and nothing was trained."""
+    stub.behave("train 50", "train 50")
+    assert stub.speechctl("launch", "stub.yaml").returncode == ExitCode.FINISHED
+    done = stub.speechctl("resume", "stub", "--set", "max_steps=100")
+    assert done.returncode == ExitCode.USAGE and "error: --set max_steps at a resume" in done.stderr
+    assert stub.speechctl("resume", "stub").returncode == ExitCode.FINISHED
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(stub: Stub) -> None:
+    """`checkpoint verify` says that a resume passes over what does not verify; it said that the run is finished."""
+    stub.behave("train 50", "train 50")
+    assert stub.speechctl("launch", "stub.yaml").returncode == ExitCode.FINISHED
+    (stub.run.checkpoint(50) / "weights").write_bytes(b"flip")
+    stub.speechctl("resume", "stub")
+    assert len(stub.run.attempts()) == 2
+
+
+def test_who_a_run_is_must_be_known_before_its_checkpoints_are_judged(stub: Stub) -> None:
+    """Without provenance.json, which has the run's id, each checkpoint was taken for one of another run, and put
+    aside."""
+    stub.behave("train 12", "train 12")
+    assert stub.speechctl("launch", "stub.yaml").returncode == ExitCode.FINISHED
+    sealed = stub.run.sealed_steps()
+    stub.run.provenance.unlink()
+    done = stub.speechctl("resume", "stub")
+    assert done.returncode == ExitCode.DATA, done.stderr
+    assert f"error: {stub.run.provenance} is missing" in done.stderr and "restore it" in done.stderr
+    assert stub.run.sealed_steps() == sealed and len(stub.run.attempts()) == 1
+
+
 def test_a_mistake_in_the_change_changes_nothing(stub: Stub) -> None:
     assert stub.speechctl("launch", "stub.yaml", "--hold").returncode == 0
     before = {p: p.read_bytes() for p in stub.run.root.glob("*.*")}

@@ -142,6 +142,10 @@ class Checkpoints:
         self.committer = Committer(attempt, ranks.apart(vote_timeout_s), rules, on_sealed, first)
         self.memory = HostMemory(copies=self.asynchronous)
         self.outcome = Outcome(-1)
+        self.fenced: list[str] = []
+        """What was wrong with checkpoints that were put aside by `fence`."""
+        self.lost = 0
+        """Steps that had been sealed and are to be done again, as `restore` found it."""
         self.thread: threading.Thread | None = None
         self.copy_s = 0.0
         """How long training waited for the last copy, where saves are asynchronous."""
@@ -151,10 +155,11 @@ class Checkpoints:
         Raises:
             StorageError: what an older attempt left cannot be taken away.
         """
+        problems: list[str] = []
         if self.ranks.rank == 0:
             with rundir.storage_errors(self.run.checkpoints):
-                self.committer.fence()
-        self.ranks.barrier()
+                problems = self.committer.fence()
+        self.fenced = self.ranks.gather(problems)[0]
 
     def warm(self) -> None:
         """Take the memory for the copies, by all ranks. Where that is left to the first save, training waits for it
@@ -223,15 +228,18 @@ class Checkpoints:
         """Bring engine and RNG to the newest checkpoint that verifies on all ranks.
 
         Returns:
-            where training stands (None where nothing was ever sealed), and what had to be put aside on the way.
+            where training stands (None where nothing was ever sealed), and what had to be put aside on the way, by
+            `fence` too.
 
         Raises:
             DataError: this run has sealed checkpoints before and none of them verifies now (unless `fresh`).
             StorageError: one cannot be read at all, which is no reason to put it aside; or it cannot be put aside.
             UsageError: the checkpoint is of another ZeRO stage, precision, model or data.
         """
-        put_aside: list[str] = []
-        steps = self.ranks.gather(self.run.sealed_steps()[::-1])[0]
+        put_aside = list(self.fenced)
+        seen = (self.run.sealed_steps()[::-1], self._newest_sealed(), bool(self._put_aside()))
+        steps, known, aside = self.ranks.gather(seen)[0]
+        self.lost = 0
         if fresh:
             if self.ranks.rank == 0:
                 with rundir.storage_errors(self.run.checkpoints):
@@ -277,8 +285,9 @@ class Checkpoints:
                 reshard.restore(self.engine, self.ranks, self.run, step, saved_by, manifest["digest"])
             self.committer.whole.add(step)
             reading.close()
+            self.lost = max(known, *steps) - step
             return Progress.from_json(manifest["progress"]), put_aside
-        if put_aside or self.ranks.gather(self._has_sealed_before())[0]:
+        if steps or known >= 0 or aside:  # a power cut may have taken the event of the seal
             raise DataError(
                 f"{self.run.root} has sealed checkpoints before, and none verifies now"
                 + "".join(f"\n  {p}" for p in put_aside),
@@ -286,18 +295,16 @@ class Checkpoints:
             )
         return None, put_aside
 
-    def _has_sealed_before(self) -> bool:
-        """Whether one was sealed since the run last started over. Who went on from one says so too, and so does one
-        that was put aside: a kill, or a power cut, may come between a seal and its event."""
-        if self._put_aside():
-            return True
-        sealed_before = False
+    def _newest_sealed(self) -> int:
+        """The step at which the run was sealed last since it last started over; -1: it never was. Who went on from one
+        says so too: a kill, or a power cut, may come between a seal and its event."""
+        newest = -1
         for event in (e for a in self.run.attempts() for e in rundir.read_lines(a.events)):
             if event["event"] == "fresh":
-                sealed_before = False
+                newest = -1
             elif event["event"] == "sealed" or (event["event"] == "started" and event["step"] > 0):
-                sealed_before = True
-        return sealed_before
+                newest = event["step"]
+        return newest
 
     def _put_aside(self) -> list[Path]:
         return [manifest.parent for manifest in self.run.checkpoints.glob(f".bad-step-*/{rundir.MANIFEST}")]

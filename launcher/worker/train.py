@@ -121,7 +121,6 @@ class Training:
         )
         mark("restore")
         self.checkpoints.fence()
-        newest = max(self.run.sealed_steps(), default=0)
         restored, put_aside = self.checkpoints.restore(fresh)
         self.checkpoints.warm()
         self.progress = restored or Progress()
@@ -129,8 +128,8 @@ class Training:
         self.saving: Saving | None = None
         for problem in put_aside:
             self.event("put_aside", problem=problem)
-        if put_aside:
-            self.event("fell_back", step=self.sealed_step, lost=newest - self.sealed_step)
+        if self.checkpoints.lost:
+            self.event("fell_back", step=self.sealed_step, lost=self.checkpoints.lost)
         self.tracker = self._tracker()
         self.last_evaluation = time.monotonic()
         self.pace = Pace()

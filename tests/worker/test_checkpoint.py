@@ -211,6 +211,19 @@ def test_a_run_that_never_sealed_starts_at_step_0(attempt: Attempt) -> None:
     assert checkpoints(attempt).restore(fresh=False) == (None, [])
 
 
+def test_the_steps_that_are_lost_are_counted_also_where_their_checkpoint_is_gone(attempt: Attempt) -> None:
+    saved(attempt, 5, 10)
+    them = checkpoints(attempt.run.new_attempt())
+    assert them.restore(fresh=False)[0] is not None and them.lost == 0
+    sealed.rename_aside(attempt.run.checkpoint(10), "gone")
+    assert them.restore(fresh=False)[0] is not None and them.lost == 5
+    # What went on from step 5 has lost them; the next one loses nothing more.
+    rundir.append_line(them.committer.attempt.events, {"event": "started", "step": 5})
+    again = checkpoints(attempt.run.new_attempt())
+    assert again.restore(fresh=False)[0] is not None and again.lost == 0
+    assert again.restore(fresh=True) == (None, []) and again.lost == 0
+
+
 @pytest.mark.parametrize("field", ["zero_stage", "precision", "backbone", "packs", "evaluation", "order"])
 def test_a_run_of_another_shape_is_refused_and_nothing_is_put_aside(attempt: Attempt, field: str) -> None:
     saved(attempt, 5)
@@ -258,8 +271,9 @@ def test_a_step_without_a_manifest_is_out_of_the_way(attempt: Attempt) -> None:
     (attempt.run.checkpoint(10) / rundir.MANIFEST).unlink()
     them = checkpoints(attempt.run.new_attempt())
     them.fence()
-    progress, _ = them.restore(fresh=False)
+    progress, put_aside = them.restore(fresh=False)
     assert progress is not None and progress.step == 5
+    assert put_aside == [f"{attempt.run.checkpoint(10)} has no MANIFEST.json"] and them.lost == 5
     assert not save(them, Progress(step=10))
     assert [p.name for p in attempt.run.checkpoints.glob(".bad-*")] == [".bad-step-00000010"]
 
