@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher import lock, retention, rundir
+from launcher import lock, retention, rundir, sealed
 from launcher.errors import DataError, ExitCode, NotFoundError, StorageError, UsageError
 from launcher.rundir import Attempt, Run
 
@@ -63,6 +63,8 @@ class Report:
     max_steps: int
     sealed: list[int]
     """Steps with a sealed checkpoint."""
+    was_sealed: int
+    """The newest step that was ever sealed, as the records say; -1: none. It may be gone."""
     best: dict[str, Any] | None
     """Step and WER of the best checkpoint, while it is there."""
     evaluations: list[dict[str, Any]]
@@ -97,6 +99,11 @@ class Report:
             return None
         code = self.history[-1].code
         return int(ExitCode.INFRASTRUCTURE) if code is None else code
+
+    @property
+    def none_sealed(self) -> str:
+        """How it comes that there is no sealed checkpoint."""
+        return "yet" if self.was_sealed < 0 else f"any more: step {self.was_sealed} was"
 
     @property
     def audio_s(self) -> float:
@@ -160,7 +167,7 @@ def _read(run: Run) -> Report:
         metrics.update(own)
         if started:
             reached[attempt.number] = (started[0]["step"], max(own, default=started[0]["step"]))
-    sealed, best = run.sealed_steps(), rundir.read_json(run.best)
+    steps, best = run.sealed_steps(), rundir.read_json(run.best)
     holder = lock.holder(run)
     if holder is not None and (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
         holder = None  # the launcher itself, telling how its own run ended
@@ -172,8 +179,9 @@ def _read(run: Run) -> Report:
         state="running" if holder is not None else ended,
         step=max(metrics, default=0),
         max_steps=plan["max_steps"],
-        sealed=sealed,
-        best=best if best is not None and best["step"] in sealed else None,
+        sealed=steps,
+        was_sealed=sealed.newest_said(run),
+        best=best if best is not None and best["step"] in steps else None,
         evaluations=evaluations,
         unevaluated=[row for s, row in sorted(unevaluated.items()) if s not in {e["step"] for e in evaluations}],
         metrics=[metrics[step] for step in sorted(metrics)],
@@ -326,7 +334,8 @@ def sealed_step(run: Run, which: str) -> int:
     if step is None or step not in value.sealed:
         if not value.sealed:
             raise NotFoundError(
-                f"{run.root} has no sealed checkpoint yet", hint=f"`speechctl status {run.root}` shows where it stands"
+                f"{run.root} has no sealed checkpoint {value.none_sealed}",
+                hint=f"`speechctl status {run.root}` shows where it stands",
             )
         raise NotFoundError(
             f"{run.root} has no checkpoint {which}",

@@ -67,6 +67,18 @@ def foreign(run: Run, step: int, manifest: Mapping[str, Any]) -> str:
     return ""
 
 
+def newest_said(run: Run) -> int:
+    """The step at which the run was sealed last since it last started over; -1: it never was. Who went on from one
+    says so too: a kill, or a power cut, may come between a seal and its event."""
+    newest = -1
+    for event in (e for a in run.attempts() for e in rundir.read_lines(a.events)):
+        if event["event"] == "fresh":
+            newest = -1
+        elif event["event"] == "sealed" or (event["event"] == "started" and event["step"] > 0):
+            newest = event["step"]
+    return newest
+
+
 @contextmanager
 def lease(folder: Path) -> Iterator[None]:
     """Keep a sealed checkpoint from being removed while it is read. Needs no more than the right to read it.

@@ -176,7 +176,7 @@ def report(value: Report, heard: list[dict[str, Any]], commands: list[str]) -> N
             *(("job", job_of(value, job)) for job in value.jobs[-1:]),
             ("steps", f"{value.step} of {value.max_steps}, {ui.counted(value.attempts, 'attempt')}"),
             ("audio", audio if value.metrics else "none yet"),
-            ("sealed", (", ".join(str(s) for s in value.sealed) or "none yet") + best),
+            ("sealed", (", ".join(str(s) for s in value.sealed) or f"none {value.none_sealed}") + best),
             *([("left out", left_out(value))] if value.left_out else []),
             *([("slow", slow(value.straggler))] if value.straggler else []),
             *(("evaluation", line) for line in reports.unevaluated(value)[-3:]),

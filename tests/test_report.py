@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,15 @@ def in_a_terminal(**env: str) -> str:
         assert process.wait(20) == 0
     os.close(main)
     return b"".join(pieces).decode()
+
+
+def test_checkpoints_that_are_gone_are_not_yet_to_come(tmp_path: Path) -> None:
+    """After `rm -r checkpoints` the status read "none yet", and an export that none was sealed yet."""
+    assert report.read(made_run(tmp_path / "new", "created")).none_sealed == "yet"
+    run = made_run(tmp_path / "run", "interrupted")
+    (newest,) = run.sealed_steps()[-1:]
+    rundir.append_line(run.attempts()[-1].events, {"event": "sealed", "step": newest, "time": 300.0})
+    shutil.rmtree(run.checkpoints)
+    assert report.read(run).none_sealed == f"any more: step {newest} was"
+    with pytest.raises(NotFoundError, match=f"no sealed checkpoint any more: step {newest} was"):
+        report.sealed_step(run, "last")

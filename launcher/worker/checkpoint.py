@@ -237,7 +237,7 @@ class Checkpoints:
             UsageError: the checkpoint is of another ZeRO stage, precision, model or data.
         """
         put_aside = list(self.fenced)
-        seen = (self.run.sealed_steps()[::-1], self._newest_sealed(), bool(self._put_aside()))
+        seen = (self.run.sealed_steps()[::-1], sealed.newest_said(self.run), bool(self._put_aside()))
         steps, known, aside = self.ranks.gather(seen)[0]
         self.lost = 0
         if fresh:
@@ -294,17 +294,6 @@ class Checkpoints:
                 hint=f"restore one from a copy, or start over with `speechctl resume --fresh {self.run.root}`",
             )
         return None, put_aside
-
-    def _newest_sealed(self) -> int:
-        """The step at which the run was sealed last since it last started over; -1: it never was. Who went on from one
-        says so too: a kill, or a power cut, may come between a seal and its event."""
-        newest = -1
-        for event in (e for a in self.run.attempts() for e in rundir.read_lines(a.events)):
-            if event["event"] == "fresh":
-                newest = -1
-            elif event["event"] == "sealed" or (event["event"] == "started" and event["step"] > 0):
-                newest = event["step"]
-        return newest
 
     def _put_aside(self) -> list[Path]:
         return [manifest.parent for manifest in self.run.checkpoints.glob(f".bad-step-*/{rundir.MANIFEST}")]
