@@ -167,9 +167,9 @@ class Committer:
             said("commit")
             if self.peers.rank == 0:
                 digests = {name: digest for share in shares for name, digest in share.items()}
-                self._check(digests)
                 more = {**sealed.marks(self.run, step), "attempt": self.attempt.number}
                 with rundir.storage_errors(self.staging, need):
+                    self._check(digests)
                     rundir.seal(self.staging, self.run.checkpoint(step), {**facts, **more}, digests)
                 outcome = Outcome(step, bytes=sum(d["bytes"] for d in digests.values()))
                 self.whole.add(step)

@@ -5,6 +5,7 @@ SPEECHCTL_TEST_COUNT: so many orphans, races and flipped bits instead of a few.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -355,3 +356,18 @@ def test_harm_is_found_before_use(saver: Server, tmp_path: Path, harm: object) -
     with pytest.raises(DataError):
         sealed.verify(run, 2)
     assert sealed.verify(run, 1)["step"] == 1
+
+
+def test_a_directory_that_cannot_be_listed_is_told_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at what all ranks have written was the one call whose failure said neither need nor room."""
+    run = new_run(tmp_path / "run")
+    committer = Committer(run.attempts()[-1], Alone(), Rules(last=9))
+
+    def files_under(root: Path) -> list[Path]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(root))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rundir, "files_under", files_under)
+        outcome = committer.settle(committer.save(1, files(1, 0), {"world_size": 1}), Alone())
+    assert f"{run.checkpoints}/.attempt-0001.1: Input/output error (" in outcome.error and "MiB needed" in outcome.error
+    assert not committer.settle(committer.save(2, files(2, 0), {"world_size": 1}), Alone()).error
