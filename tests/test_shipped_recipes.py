@@ -180,8 +180,10 @@ def test_wavlm_is_masked_as_the_script_does() -> None:
 
 
 def test_whispers_adapters_are_as_published() -> None:
-    lora = load("whisper-small-en-lora").lora
+    recipe = load("whisper-small-en-lora")
+    lora = recipe.lora
     assert lora is not None and (lora.rank, lora.alpha) == (16, 1)
+    assert [(f.parts, f.is_forever) for f in recipe.freeze] == [(["feature_encoder", "encoder", "layer.*"], True)]
     assert set(lora.targets) == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
     assert load("whisper-small-en").lora is None
 
