@@ -9,6 +9,8 @@ import torch
 
 from launcher.errors import MemoryExhausted
 from launcher.recipe import Recipe
+from launcher.worker.data import Tensors
+from launcher.worker.sampler import MicroBatch
 
 
 @contextmanager
@@ -47,3 +49,17 @@ def remedy(recipe: Recipe) -> str:
         "; or ".join(ways)
         + f"; or leave out utterances longer than data.max_utterance, {recipe.data.max_utterance:g} s"
     )
+
+
+def batch_in_words(step: int, batch: MicroBatch, utt_ids: list[str], tensors: Tensors) -> Callable[[], str]:
+    """For `memory_errors`: said where it is needed."""
+
+    def said() -> str:
+        shape = " x ".join(map(str, tensors["inputs"].shape))
+        more = f" and {len(utt_ids) - 3} more" if len(utt_ids) > 3 else ""
+        return (
+            f"step {step}, on {len(utt_ids)} utterances of up to {batch.seconds:.1f} s"
+            f" ({batch.padded_s:.1f} padded s, inputs {shape}: {', '.join(utt_ids[:3])}{more})"
+        )
+
+    return said

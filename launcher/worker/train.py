@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +16,9 @@ import numpy as np
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from launcher import recipe_file, redact, rundir
+from launcher import recipe_file, rundir
 from launcher.committer import Outcome as Saved
 from launcher.errors import ExitCode, StorageError, TrainingError
-from launcher.lines import Lines
 from launcher.marks import mark
 from launcher.recipe import Recipe
 from launcher.rundir import Attempt
@@ -33,9 +32,11 @@ from launcher.worker.evaluate import Evaluator
 from launcher.worker.evaluating import Evaluations
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
 from launcher.worker.models import build
-from launcher.worker.out_of_memory import memory_errors
+from launcher.worker.nonfinite import blame
+from launcher.worker.out_of_memory import batch_in_words, memory_errors
 from launcher.worker.pace import Pace
 from launcher.worker.ranks import Ranks, patience_s
+from launcher.worker.record import Record
 from launcher.worker.sampler import MicroBatch, Step, accumulation, digest, utterances_in
 from launcher.worker.schedule import learning_rate
 from launcher.worker.sidecar import Outcome
@@ -70,13 +71,12 @@ class Training:
         self.attempt = attempt
         self.run = attempt.run
         self.stop_flag = stop_flag
-        self.events, self.metrics = Lines(attempt.events), Lines(attempt.metrics)
         self.recipe = recipe_file.load(self.run.resolved)
         self.ranks = ranks = Ranks(patience_s(self.recipe.launch.deadlines))
         batch = self.recipe.batch
         self.accumulation = accumulation(batch.step_seconds, batch.max_rank_seconds, ranks.world_size)
         check_precision(self.recipe, ranks.device)
-        self.ledger = Lines(attempt.ledger(ranks.rank))
+        self.record = Record(attempt, ranks.rank)
         mark("model", "start")
         vocabulary = vocabularies.of_run(self.run)
         built = build(self.recipe.backbone, seed=self.recipe.seed, vocabulary=vocabulary)
@@ -117,7 +117,7 @@ class Training:
             self.recipe.checkpoint,
             vote_timeout_s=self.recipe.launch.deadlines.save,
             on_sealed=self._sealed,
-            first=self._sync_lines,
+            first=self.record.sync,
         )
         mark("restore")
         self.checkpoints.fence()
@@ -127,36 +127,15 @@ class Training:
         self.sealed_step = -1 if restored is None else restored.step
         self.saving: Saving | None = None
         for problem in put_aside:
-            self.event("put_aside", problem=problem)
+            self.record.event("put_aside", problem=problem)
         if self.checkpoints.lost:
-            self.event("fell_back", step=self.sealed_step, lost=self.checkpoints.lost)
-        self.tracker = self._tracker()
+            self.record.event("fell_back", step=self.sealed_step, lost=self.checkpoints.lost)
+        self.record.track(self.recipe, self.sealed_step + 1)
         self.last_evaluation = time.monotonic()
         self.pace = Pace()
         self.agreed_at: float | None = None
         """When all ranks last agreed on a step, while nothing but steps came after it."""
         self._mark_best()  # a kill may have come between the seal and the mark
-
-    def event(self, event: str, **facts: Any) -> None:
-        """Rank 0's record of what happened; the launcher follows it."""
-        if self.ranks.rank == 0:
-            said = {k: redact.current.text(v) if isinstance(v, str) else v for k, v in facts.items()}
-            self.events.append({"event": event, "time": time.time(), **said})
-
-    def _sync_lines(self) -> None:
-        """A checkpoint must not outlive the lines that say what it has seen. In the committer's thread."""
-        for lines in (self.ledger, self.events, self.metrics):
-            lines.sync()  # the last two of other ranks than 0 have nothing to sync
-
-    def _tracker(self) -> Any:
-        if self.ranks.rank != 0 or "tensorboard" not in self.recipe.trackers:
-            return None
-        from accelerate.tracking import TensorBoardTracker
-
-        # Steps after the one resumed from were rolled back; what they logged is purged.
-        tracker = TensorBoardTracker(self.recipe.name, str(self.run.tensorboard), purge_step=self.sealed_step + 1)
-        tracker.start()
-        return tracker
 
     # The story ------------------------------------------------------------------------------------------------------
 
@@ -167,7 +146,7 @@ class Training:
             FINISHED, or STOPPED with the work sealed. What `exit.json` says is the truth for the launcher.
         """
         progress = self.progress
-        self.event(
+        self.record.event(
             "started",
             step=progress.step,
             max_steps=self.recipe.max_steps,
@@ -197,14 +176,13 @@ class Training:
         why = ""
         if self.ends_early and progress.step < self.recipe.max_steps and not stopped:
             why = why_early(progress.patience, self.recipe.evaluate)
-            self.event("early_stopping", step=progress.step, why=why)
+            self.record.event("early_stopping", step=progress.step, why=why)
         if self.ranks.rank == 0:
             ended = {"code": code, "step": progress.step, "sealed_step": self.sealed_step}
             rundir.write_json(self.attempt.exit, {**ended, "why": why} if why else ended)
-        self.event("stopped" if stopped else "finished", step=progress.step)
+        self.record.event("stopped" if stopped else "finished", step=progress.step)
         mark("leave", "save")
-        if self.tracker is not None:
-            self.tracker.finish()
+        self.record.close()
         self.ranks.close()
         return code
 
@@ -252,20 +230,7 @@ class Training:
             engine.waits.take()  # of evaluations and saves
         mine = step[ranks.rank :: ranks.world_size]
         count = utterances_in(step)
-        heard: list[tuple[list[str], Tensor]] = []
-        engine.begin(progress.step)
-        for number, batch in enumerate(mine):
-            mark("data", "step", progress.step + 1)
-            utt_ids, tensors = next(feed)
-            mark("forward and backward")
-            self.engine.model.begin(progress.step, number)
-            # Sum over utterances, over all ranks and all accumulation, divided by their number: the factor undoes
-            # the engine's plain mean over ranks and micro-batches.
-            factor = 0.0 if batch.filler else ranks.world_size * self.accumulation / count
-            with memory_errors(self._batch_in_words(batch, utt_ids, tensors), recipe):
-                losses = engine.backward(tensors, factor, last=number == len(mine) - 1)
-            if not batch.filler:
-                heard.append((utt_ids, losses))
+        heard = self._gradient(mine, count, feed)
         rate = learning_rate(recipe.schedule, recipe.optimizer.learning_rate, progress.step, recipe.max_steps)
         mark("optimizer")
         with memory_errors(f"step {progress.step + 1}, in the optimizer", recipe):
@@ -295,7 +260,7 @@ class Training:
         progress.cursor.advance(ranks.world_size, self.accumulation)
         epoch = progress.cursor.epoch
         ids = [i for utt_ids, _ in heard for i in utt_ids]
-        self.ledger.append({"step": progress.step, "epoch": epoch, "ids": ids})
+        self.record.ledger.append({"step": progress.step, "epoch": epoch, "ids": ids})
         left_out = math.isnan(grad_norm)
         if is_first:
             items = np.concatenate([b.indices for b in step if not b.filler])
@@ -315,18 +280,42 @@ class Training:
                 metrics["loss_scale"] = engine.loss_scale
             if left_out:
                 metrics["left_out"] = True
-            self.metrics.append(metrics)
-            if self.tracker is not None:
-                shown = ("loss", "grad_norm", "learning_rate")
-                self.tracker.log(
-                    {f"train/{k}": metrics[k] for k in shown if metrics[k] is not None}, step=progress.step
-                )
+            self.record.step(metrics)
             if self.pace.add(own_s):
                 self._tell_pace()
         self._count_left_out(left_out, loss_sum, heard)
         if saved == ranks.world_size:
             self.settle(over=True)
         return stops > 0
+
+    def _gradient(
+        self, mine: Step, count: int, feed: Iterator[tuple[list[str], Tensors]]
+    ) -> list[tuple[list[str], Tensor]]:
+        """The gradient of a step, left in the engine.
+
+        Args:
+            mine: this rank's micro-batches.
+            count: utterances in the step, of all ranks.
+
+        Returns:
+            ids and losses, shape (batch,), of each micro-batch.
+        """
+        heard = []
+        step = self.progress.step
+        self.engine.begin(step)
+        for number, batch in enumerate(mine):
+            mark("data", "step", step + 1)
+            utt_ids, tensors = next(feed)
+            mark("forward and backward")
+            self.engine.model.begin(step, number)
+            # Sum over utterances, over all ranks and all accumulation, divided by their number: the factor undoes
+            # the engine's plain mean over ranks and micro-batches.
+            factor = 0.0 if batch.filler else self.ranks.world_size * self.accumulation / count
+            with memory_errors(batch_in_words(step + 1, batch, utt_ids, tensors), self.recipe):
+                losses = self.engine.backward(tensors, factor, last=number == len(mine) - 1)
+            if not batch.filler:
+                heard.append((utt_ids, losses))
+        return heard
 
     def _count_left_out(self, left_out: bool, loss_sum: float, heard: list[tuple[list[str], Tensor]]) -> None:
         """Record a step that all ranks left out, with the utterances that may be to blame, and end the run where there
@@ -345,20 +334,11 @@ class Training:
         is_loss = not math.isfinite(loss_sum)
         counts = is_loss or self.recipe.precision != "fp16"
         progress.left_out_in_row += counts
-        bad = [i for ids, losses in heard for i, x in zip(ids, losses.tolist(), strict=True) if not math.isfinite(x)]
-        everything = [i for ids, _ in heard for i in ids]
-        said: list[list[list[str]]] = self.ranks.gather([bad, everything])
-        anyone = any(of_rank[0] for of_rank in said)
-        utterances = {str(r): of[0] if anyone else of[1] for r, of in enumerate(said) if of[0] or not anyone}
+        where, utterances = blame(self.ranks, heard)
         what = "the loss is not finite" if is_loss else "the gradient is not finite"
-        where = "; ".join(
-            f"rank {r}: {', '.join(ids[:4])}{f' and {len(ids) - 4} more' if len(ids) > 4 else ''}"
-            for r, ids in list(utterances.items())[:4]
-        )
-        of_many = f" and {len(utterances) - 4} more ranks" if len(utterances) > 4 else ""
-        message = f"step {progress.step}: {what} ({where}{of_many})"
+        message = f"step {progress.step}: {what} ({where})"
         in_row = progress.left_out_in_row
-        self.event("left_out", step=progress.step, message=message, in_row=in_row, utterances=utterances)
+        self.record.event("left_out", step=progress.step, message=message, in_row=in_row, utterances=utterances)
         if counts and in_row > patience:
             self.settle()  # of a step that was sound
             raise TrainingError(
@@ -370,21 +350,10 @@ class Training:
     def _tell_pace(self) -> None:
         slow = self.pace.slow
         if slow is None:
-            self.event("straggler_gone", step=self.progress.step)
+            self.record.event("straggler_gone", step=self.progress.step)
             return
         facts = {"own_s": round(slow.own_s, 4), "others_s": round(slow.others_s, 4), "factor": round(slow.factor, 2)}
-        self.event("straggler", step=self.progress.step, rank=slow.rank, host=self.hosts[slow.rank], **facts)
-
-    def _batch_in_words(self, batch: MicroBatch, utt_ids: list[str], tensors: Tensors) -> Callable[[], str]:
-        def said() -> str:
-            shape = " x ".join(map(str, tensors["inputs"].shape))
-            more = f" and {len(utt_ids) - 3} more" if len(utt_ids) > 3 else ""
-            return (
-                f"step {self.progress.step + 1}, on {len(utt_ids)} utterances of up to {batch.seconds:.1f} s"
-                f" ({batch.padded_s:.1f} padded s, inputs {shape}: {', '.join(utt_ids[:3])}{more})"
-            )
-
-        return said
+        self.record.event("straggler", step=self.progress.step, rank=slow.rank, host=self.hosts[slow.rank], **facts)
 
     def _load(self, epoch: int, batch: MicroBatch) -> tuple[list[str], Tensors]:
         """In a thread of the feed, in any order: what is random follows from the epoch and the item alone."""
@@ -403,7 +372,7 @@ class Training:
         self.agreed_at = None
         self.settle()
         progress.evaluation_due = True
-        self.event("evaluating", step=progress.step)
+        self.record.event("evaluating", step=progress.step)
         mark("begin", "evaluate", progress.step)
         beside, result = self.recipe.evaluate.mode == "sidecar", None
         if not beside and (result := self.evaluations.now(progress.step, self._asked_to_stop)) is None:
@@ -411,7 +380,7 @@ class Training:
         progress.evaluated_step, progress.evaluation_due = progress.step, False
         self.last_evaluation = time.monotonic()
         if result is not None:
-            self._tell(result)
+            self.record.evaluated(result)
             self.judge(progress.step, result["criterion"]["wer"])
         elif self.sealed_step == progress.step:
             progress.awaiting.append(progress.step)
@@ -423,15 +392,6 @@ class Training:
 
     def _asked_to_stop(self) -> bool:
         return self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request))
-
-    def _tell(self, result: dict[str, Any]) -> None:
-        if self.ranks.rank != 0:
-            return
-        shown = ("wer", "loss", "substitutions", "insertions", "deletions", "words", "utterances", "truncated")
-        self.event("evaluated", step=result["step"], **{k: result[k] for k in (*shown, "blocked_s")})
-        if self.tracker is not None:
-            logged = {"evaluate/wer": result["wer"], "evaluate/loss": result["loss"]}
-            self.tracker.log(logged, step=result["step"])
 
     def judge(self, step: int, wer: float) -> None:
         """What an evaluation means for the best checkpoint and for early stopping; the same on all ranks."""
@@ -467,9 +427,9 @@ class Training:
         """
         self.progress.awaiting = [s for s in self.progress.awaiting if s != step]
         if outcome is not None and outcome.result is not None:
-            self._tell(outcome.result)
+            self.record.evaluated(outcome.result)
         elif outcome is not None:
-            self.event("evaluation_failed", step=step, error=outcome.error, log=str(self.attempt.evaluation_log))
+            self.record.event("evaluation_failed", step=step, error=outcome.error, log=str(self.attempt.evaluation_log))
         if not math.isinf(wer):
             self.judge(step, wer)
 
@@ -507,7 +467,7 @@ class Training:
                 hint="lower optimizer.learning_rate, then `speechctl resume`: the newest checkpoint is sound",
             )
         began = time.monotonic()
-        self.event("saving", step=progress.step)
+        self.record.event("saving", step=progress.step)
         mark("begin", "save", progress.step)
         best_before = best_before or (progress.best_wer, progress.best_step)
         self.saving = Saving(progress.step, began, best_before)
@@ -521,7 +481,7 @@ class Training:
         durable_s = time.monotonic() - self.saving.began
         blocked_s = self.checkpoints.copy_s if self.checkpoints.asynchronous else durable_s
         times = {"blocked_s": round(blocked_s, 3), "durable_s": round(durable_s, 3)}
-        self.event("sealed", step=outcome.step, bytes=outcome.bytes, **times)
+        self.record.event("sealed", step=outcome.step, bytes=outcome.bytes, **times)
 
     def settle(self, *, over: bool = False) -> None:
         """Wait for the save in flight, if there is one. A failure is recorded, and training goes on.
@@ -538,10 +498,10 @@ class Training:
         outcome, saving = self.checkpoints.settle(), self.saving
         self.saving = None
         if outcome.trouble:
-            self.event("trouble_after_seal", step=outcome.step, problem=outcome.trouble)
+            self.record.event("trouble_after_seal", step=outcome.step, problem=outcome.trouble)
         if outcome.error:
             self.progress.best_wer, self.progress.best_step = saving.best_before
-            self.event("save_failed", step=outcome.step, error=outcome.error)
+            self.record.event("save_failed", step=outcome.step, error=outcome.error)
             if outcome.step in self.progress.awaiting:
                 lacks = Outcome(outcome.step, None, "its checkpoint could not be saved")
                 self.take(outcome.step, math.inf, lacks if self.ranks.rank == 0 else None)
