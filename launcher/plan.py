@@ -127,13 +127,14 @@ def state_bytes(recipe: Recipe, weights: int, trained: int, world_size: int) -> 
     """(bytes of model states on one rank's device, in its host's memory, and of a checkpoint over all ranks).
 
     ZeRO paper, §3: with mixed precision 2 bytes a weight, 2 a gradient, 12 of optimizer state (fp32 weight and two
-    moments); stage 1 shares out the optimizer state, 2 the gradients too, 3 the weights too. In fp32 without ZeRO the
-    weights are their own master copy. Offloading an optimizer takes a rank's share of the gradients along in fp32.
+    moments), and 4 more for a moving average of the weights; stage 1 shares out the optimizer state, 2 the gradients
+    too, 3 the weights too. In fp32 without ZeRO the weights are their own master copy. Offloading an optimizer takes a
+    rank's share of the gradients along in fp32.
     """
     stage = 0 if recipe.zero_stage == "off" else recipe.zero_stage
     mixed = recipe.precision != "fp32" and recipe.zero_stage != "off"
     unit = 2 if mixed else 4
-    optimizer = 12 if mixed or stage >= 1 else 8
+    optimizer = (12 if mixed or stage >= 1 else 8) + (0 if recipe.optimizer.ema is None else 4)
     of_weights = weights * unit / (world_size if stage >= 3 else 1)
     of_optimizer = trained * optimizer / (world_size if stage >= 1 else 1)
     device = of_weights + trained * unit / (world_size if stage >= 2 else 1) + of_optimizer

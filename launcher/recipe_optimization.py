@@ -31,6 +31,11 @@ class Optimizer(Section):
     """Each part of the model learns at so much of the rate of the part behind it, and the last one, the head, at
     `learning_rate` (BEiT, https://arxiv.org/abs/2106.08254). 1: all at the same rate."""
 
+    ema: Annotated[float, Field(gt=0, lt=1, examples=[0.999])] | None = None
+    """Decay of an exponential moving average of the weights, beside them in every checkpoint, 4 bytes for each that
+    learns. Evaluations score it, and `evaluate` and `export` take it. After n updates the decay is
+    `min(ema, (1 + n) / (10 + n))`, as in TensorFlow's `ExponentialMovingAverage`. Default: none is kept."""
+
     nonfinite_patience: Count = 10
     """So many steps in a row may be left out because their loss or gradient is not finite: all ranks leave them out
     together, the weights stay as they were, and the step is recorded. One more ends the run."""

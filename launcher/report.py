@@ -354,7 +354,7 @@ def averaged_steps(run: Run, which: str) -> list[int]:
     word, _, number = which.partition(":")
     count = int(number) if number.isascii() and number.isdigit() else 0
     if word not in ("last", "best") or count < 1:
-        raise UsageError(f"--average {which!r} is not understood", hint="last:5, or best:3, or another number")
+        raise UsageError(f"--average {which!r} is not understood", hint="ema, none, last:5, best:3, or another number")
     value = read(run)
     if word == "last":
         there, kind, setting = value.sealed[::-1], "sealed", "checkpoint.keep_last"

@@ -14,6 +14,9 @@ COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err", "CER")
 GROUPS = {"subsets": "", "sexes": "sex ", "durations": "", "speakers": "speaker "}
 """What a result may be divided by, and what is said before each name."""
 
+WEIGHTS = {"ema": "moving average of the weights", "average": "average of checkpoints"}
+"""What is said of weights that are not those that were trained."""
+
 MANY = 12
 """More speakers than this are not all listed: those with most errors are."""
 
@@ -22,7 +25,8 @@ def evaluation(result: Mapping[str, Any]) -> None:
     """One evaluation, all of it."""
     step, criterion = result["step"], result.get("criterion") or {}
     decides = f"; {criterion['subset']} decides" if criterion.get("subset") else ""
-    said = (f"normalizer {result.get('normalizer', 'unknown')}", result.get("decoder", "greedy"), result.get("mode"))
+    said = [f"normalizer {result.get('normalizer', 'unknown')}", result.get("decoder", "greedy"), result.get("mode")]
+    said.append(WEIGHTS.get(result.get("weights", "")))
     ui.answer(f"step {step}: WER {result['wer']:.2%}  ({', '.join(x for x in said if x)}{decides})")
     ui.answer("")
     rows = [("all", result)]

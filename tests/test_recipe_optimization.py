@@ -27,6 +27,8 @@ DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
         ("schedule.kind=cosin", "did you mean 'cosine'?"),
         ("freeze=[{parts: [head], after_steps: 9, until_steps: 9}]", "until_steps 9 is not behind after_steps 9"),
         ("freeze=[{parts: [head], until: 9}]", "freeze[0].until: there is no such key"),
+        ("optimizer.ema=1", "optimizer.ema: "),
+        ("optimizer.ema=0", "optimizer.ema: "),
         ("offload.optimizer=true zero_stage=0", "offload.optimizer needs zero_stage 1, 2 or 3, and it is 0"),
         ("offload.parameters=true", "offload.parameters needs zero_stage 3, and it is 2"),
         ("deepspeed={prescale_gradients: true} zero_stage=off", "these keys are for DeepSpeed, and zero_stage is off"),
@@ -79,6 +81,22 @@ def test_offloading_moves_bytes_to_the_host() -> None:
     assert config["zero_force_ds_cpu_optimizer"] is False  # nothing to compile
     made = plan.make(both, [Host("localhost", 4)], facts(1))
     assert made.host_bytes_per_rank > made.state_bytes_per_rank
+
+
+def test_a_moving_average_takes_4_bytes_for_each_weight_that_learns() -> None:
+    """1,000 weights, 800 of them trained, on 4 ranks; shared out and offloaded as the moments are, and saved."""
+
+    def of(**options: Any) -> tuple[int, int, int]:
+        without, averaged = (
+            plan.state_bytes(recipe(optimizer={"learning_rate": 1e-3, "ema": ema}, **options), 1000, 800, 4)
+            for ema in (None, 0.999)
+        )
+        device, host, saved = (after - before for after, before in zip(averaged, without, strict=True))
+        return device, host, saved
+
+    assert of(zero_stage="off") == of(zero_stage=0) == (800 * 4, 0, 800 * 4)
+    assert of(zero_stage=1) == of(zero_stage=2) == of(zero_stage=3) == (800, 0, 800 * 4)
+    assert of(zero_stage=2, offload={"optimizer": True}) == (0, 800, 800 * 4)
 
 
 def test_a_plan_of_before_there_was_offloading_can_be_read() -> None:

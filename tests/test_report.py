@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from launcher import report, rundir
+from launcher.cli import arguments
 from launcher.errors import NotFoundError, StorageError, UsageError, in_bytes
 from launcher.hosts import Host
 from launcher.lock import RunLock
 from launcher.rundir import Run
 from launcher.ui import counted, purple
 from launcher.vitals import Vitals
-from tests.conftest import made_run
+from tests.conftest import RECIPE, made_run
 
 
 @pytest.mark.parametrize("state", ["created", "finished", "stopped", "failed", "interrupted"])
@@ -103,6 +104,27 @@ def test_which_checkpoints_an_average_is_of(tmp_path: Path) -> None:
             report.averaged_steps(run, odd)
     with pytest.raises(NotFoundError, match=r"has 0 checkpoints .* \(steps none\)"):
         report.averaged_steps(made_run(tmp_path / "new", "created"), "last:2")
+
+
+def test_whose_weights_a_command_takes(tmp_path: Path) -> None:
+    """Of a run with a moving average that, which its WERs are of, by any name of the checkpoint; the weights themselves
+    when they are asked for, and then the result has another name."""
+    plain, averaging = made_run(tmp_path / "plain", "finished"), made_run(tmp_path / "averaging", "finished")
+    averaging.resolved.write_text(RECIPE.replace("learning_rate: 1e-3", "learning_rate: 1e-3, ema: 0.999"))
+    assert "ema" in averaging.resolved.read_text()
+    assert arguments.chosen(plain, "best", None) == (["--step", "6"], "step-00000006")
+    assert arguments.chosen(plain, "2", "none") == (["--step", "2"], "step-00000002")
+    assert arguments.chosen(averaging, "last", None) == (["--step", "6", "--ema"], "step-00000006")
+    assert arguments.chosen(averaging, "2", "ema") == (["--step", "2", "--ema"], "step-00000002")
+    assert arguments.chosen(averaging, "2", "none") == (["--step", "2"], "step-00000002.average-none")
+    for run in (plain, averaging):
+        of = ["--step", "4", "--step", "6"]
+        assert arguments.chosen(run, "best", "last:2") == (of, "step-00000006.average-last-2")
+        with pytest.raises(UsageError, match="takes the place of --checkpoint"):
+            arguments.chosen(run, "2", "last:2")
+    with pytest.raises(UsageError, match="keeps no moving average of its weights") as caught:
+        arguments.chosen(plain, "best", "ema")
+    assert "optimizer.ema" in caught.value.hint
 
 
 # How it looks ---------------------------------------------------------------------------------------------------------

@@ -47,22 +47,36 @@ AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Step = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step.")]
 Average = Annotated[
     str | None,
-    typer.Option(metavar="WHICH", help="The mean of several checkpoints: last:5, or best:3.", show_default=False),
+    typer.Option(
+        metavar="WHICH",
+        help="ema: the moving average, the default of a run with optimizer.ema; none: the weights themselves;"
+        " last:5, best:3: the mean of several checkpoints.",
+        show_default=False,
+    ),
 ]
 
 
-def chosen(run: Run, checkpoint: str, average: str | None) -> tuple[list[int], str]:
-    """The steps whose weights are taken, oldest first, and what to call a result of them."""
-    from launcher import report
+def chosen(run: Run, checkpoint: str, average: str | None) -> tuple[list[str], str]:
+    """Whose weights are taken, as options of the worker, and what to call a result of them."""
+    from launcher import recipe_file, report
     from launcher.errors import UsageError
 
-    if average is None:
+    if average is None or average in ("ema", "none"):
         step = report.sealed_step(run, checkpoint)
-        return [step], f"step-{step:08d}"
+        keeps = recipe_file.load(run.resolved).optimizer.ema is not None
+        if average == "ema" and not keeps:
+            raise UsageError(
+                f"--average ema: {run.root} keeps no moving average of its weights",
+                hint="a run whose recipe has optimizer.ema does; --average last:5 is the mean of its last checkpoints",
+            )
+        # What evaluations have scored goes by the step alone: the WER of `best` is of these weights.
+        named = f"step-{step:08d}.average-none" if keeps and average == "none" else f"step-{step:08d}"
+        return ["--step", str(step), *["--ema"] * (keeps and average != "none")], named
     if checkpoint != "best":
-        raise UsageError("--average takes the place of --checkpoint", hint="leave one of them out")
+        raise UsageError("an --average of checkpoints takes the place of --checkpoint", hint="leave one of them out")
     steps = report.averaged_steps(run, average)
-    return steps, f"step-{steps[-1]:08d}.average-{average.replace(':', '-')}"
+    options = [x for step in steps for x in ("--step", str(step))]
+    return options, f"step-{steps[-1]:08d}.average-{average.replace(':', '-')}"
 
 
 def length_of_time(option: str, text: str) -> float:

@@ -38,14 +38,14 @@ def evaluate(
     from launcher.rundir import Run
 
     where = Run(run)
-    steps, named = chosen(where, checkpoint, average)
+    of, named = chosen(where, checkpoint, average)
     refuse_foreign(where)
     subset = list(dict.fromkeys(subset))
     for name in subset:
         if not re.fullmatch(NAME, name):
             raise UsageError(f"--subset {name!r} is no subset's name", hint="such as --subset dev-clean")
     name = "-".join([f"{named}.evaluate", *subset, *(["beam"] if lm else [])])
-    options = [x for s in subset for x in ("--subset", s)] + [x for s in steps for x in ("--step", str(s))]
+    options = [x for s in subset for x in ("--subset", s)] + of
     if lm is not None:
         options += ["--lm", str(lm.absolute()), "--beam", str(beam)]
         options += [f"--lm-weight={lm_weight}", f"--word-score={word_score}"]
@@ -98,20 +98,22 @@ def export(
     checkpoint: Step = "best",
     average: Average = None,
 ) -> None:
-    """Write a checkpoint's model as a directory that other programs load."""
+    """Write a checkpoint's model as a directory that other programs load.
+
+    Of a run with optimizer.ema it has the moving average of the weights, which is what the run's WERs are of.
+    """
     from launcher import ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.rundir import Run
 
     where = Run(run)
-    steps, named = chosen(where, checkpoint, average)
+    of, named = chosen(where, checkpoint, average)
     refuse_foreign(where)
     folder = (target or where.exports / named).absolute()
     if folder.exists():
         raise UsageError(f"{folder} exists already", hint="remove it or name another directory")
-    options = [x for s in steps for x in ("--step", str(s))]
-    verbs.said_by("export", str(where.root), "--target", str(folder), *options)
+    verbs.said_by("export", str(where.root), "--target", str(folder), *of)
     ui.answer(str(folder))
 
 

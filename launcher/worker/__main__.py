@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = verbs.add_parser(verb)
         command.add_argument("run", type=Path)
         command.add_argument("--step", type=int, required=True, action="append", help="several: their average")
+        command.add_argument("--ema", action="store_true", help="the moving average of the weights")
         command.add_argument("--target", type=Path, required=True)
         if verb == "evaluate":
             command.add_argument("--subset", action="append", default=[])

@@ -98,7 +98,7 @@ class Identity:
         hints = {
             "zero_stage": "resume with the ZeRO stage it was trained with; ranks may be more or fewer",
             "precision": "resume in the precision it was trained in",
-            "backbone": "the model changed; start a new run for another model",
+            "backbone": "the model changed, or what of it learns or is averaged; start a new run for another model",
             "packs": "the packs changed; start a new run on other data",
             "evaluation": "the packs to evaluate on changed, and its WER cannot be compared; start a new run on others",
             "order": "the seed, data, augment, or what batch says of lengths changed, or another version of speechctl"

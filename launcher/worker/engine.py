@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.committer import File
 from launcher.errors import PreflightError
 from launcher.recipe import Recipe
+from launcher.worker.adamw import AdamW
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
 from launcher.worker.host_memory import HostMemory
@@ -41,6 +42,8 @@ class Engine(ABC):
     """That the model's weights have while it computes."""
     groups: Sequence[Group]
     """What learns: the groups of the optimizer."""
+    adamw: AdamW
+    """The optimizer itself, whatever is around it."""
     waits: Waits
     """For other ranks, inside what the engine does."""
     done = 0
@@ -111,6 +114,23 @@ class Engine(ABC):
         """A model with the weights of now, that rank 0 can compute with while the others do not; None on those. All
         ranks ask for it together."""
         return self.model
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the moving average of its weights, where the recipe asks for one; afterwards the
+        weights of before, bit for bit. All ranks come and go together. Where an error ends it on one rank, it stays so:
+        the others could not be waited for, and the run ends."""
+        if self.adamw.ema is None:
+            yield
+            return
+        self.adamw.exchange()
+        self._weights_exchanged()
+        yield
+        self.adamw.exchange()
+        self._weights_exchanged()
+
+    def _weights_exchanged(self) -> None:  # noqa: B027  # nothing to do where they are the model's own
+        """The optimizer's weights are others; bring them into the model."""
 
     def infer(self, tensors: Tensors, alone: SpeechModel | None = None) -> tuple[Tensor, list[str]]:
         """Loss of each utterance and greedy transcripts, without dropout, masking or gradients.
@@ -185,7 +205,8 @@ class AccelerateEngine(Engine):
         self.groups = groups(model, recipe)
         # One process has nobody to share gradients with: no DDP, which would cost it a millisecond a step.
         self.wrapped = self.accelerator.prepare_model(model, evaluation_mode=ranks.world_size == 1)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer_for(self.groups, recipe))
+        self.adamw = optimizer_for(self.groups, recipe)
+        self.optimizer = self.accelerator.prepare_optimizer(self.adamw)
         self.parameters = [p for group in self.groups for p in group.parameters]
         self.waits = Waits(self.device)
         self.waits.watch(model.parameters())

@@ -17,11 +17,12 @@ from launcher.committer import File
 from launcher.errors import TrainingError
 from launcher.recipe import Recipe
 from launcher.worker import partitioned
+from launcher.worker.adamw import AdamW
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
 from launcher.worker.engine import Engine, poisoned
 from launcher.worker.host_memory import HostMemory
-from launcher.worker.learning import AdamW, groups, optimizer_for, set_rates
+from launcher.worker.learning import groups, optimizer_for, set_rates
 from launcher.worker.ranks import Ranks
 from launcher.worker.waits import Waits
 
@@ -51,15 +52,15 @@ class DeepSpeedEngine(Engine):
         if recipe.zero_stage == 3 and recipe.evaluate.mode == "rank0" and ranks.rank == 0:
             self.copy = copy.deepcopy(model).requires_grad_(False).to(ranks.device, self.weights_type)
         on = torch.device("cpu") if recipe.offload.parameters else ranks.device
+        self.adamw = optimizer_for(self.groups, recipe)
+        # At stage 0 in bf16 DeepSpeed has its optimizer make one step on zero gradients to allocate the moments, which
+        # is counted: measured, the first real update is then 0.74 of what it should be.
+        self.adamw.overflow = True
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model.to(on), optimizer=optimizer_for(self.groups, recipe), config=config
+            model=model.to(on), optimizer=self.adamw, config=config
         )
+        self.adamw.overflow = False
         self._check(recipe, ranks)
-        if recipe.zero_stage == 0 and recipe.precision == "bf16":
-            # DeepSpeed has its optimizer make one step on zero gradients to allocate the moments, and leaves AdamW's
-            # count at 1: measured, the first real update is then 0.74 of what it should be.
-            for state in self.engine.basic_optimizer.state.values():
-                state["step"].zero_()
         self.grad_clip = recipe.optimizer.grad_clip
         # DeepSpeed computes no norm of its own at stage 0 in fp32; everywhere else it clips by its configuration.
         self.clips_itself = recipe.zero_stage == 0 and recipe.precision == "fp32"
@@ -104,11 +105,7 @@ class DeepSpeedEngine(Engine):
         norm: Any = None
         if self.clips_itself:
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf))
-            # DeepSpeed looks at it to count steps that were left out, as all its own optimizers have it.
-            self.optimizer.overflow = not math.isfinite(norm)
-            if self.optimizer.overflow:
-                for group in self.optimizer.param_groups:
-                    group["frozen"] = True
+            self.adamw.overflow = not math.isfinite(norm)
         try:
             self.engine.step()
         except Exception as error:
@@ -131,6 +128,20 @@ class DeepSpeedEngine(Engine):
         if self.engine.zero_optimization_stage() == 3:
             return [p.ds_tensor for p in self.model.parameters()]  # type: ignore[attr-defined]
         return super().kept()
+
+    def _weights_exchanged(self) -> None:
+        # As DeepSpeed does it after every update.
+        optimizer, stage = self.optimizer, self.engine.zero_optimization_stage()
+        if stage == 3:
+            optimizer.checkpoint_event_prologue()  # gives up what is gathered
+            for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            optimizer.checkpoint_event_epilogue()
+        elif stage in (1, 2):
+            optimizer.update_lp_params()
+        elif optimizer is not self.adamw:
+            for computed, updated in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                torch._foreach_copy_([p.data for p in computed], [p.data for p in updated])
 
     def alone(self) -> SpeechModel | None:
         if self.engine.zero_optimization_stage() != 3:

@@ -16,6 +16,7 @@ from launcher import recipe as schema
 from launcher import rundir
 from launcher.errors import DataError
 from launcher.marks import mark
+from launcher.worker.adamw import EMA
 from launcher.worker.backbone import CtcModel, SpeechModel
 from launcher.worker.data import Tensors, Utterances, ahead
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
@@ -54,6 +55,8 @@ class Evaluator:
 
     def __init__(self, recipe: schema.Recipe, model: SpeechModel, ranks: Ranks) -> None:
         self.cadence = recipe.evaluate
+        self.weights = "trained" if recipe.optimizer.ema is None else EMA
+        """Which weights evaluations of training score."""
         self.model = model
         self.ranks = ranks
         self.utterances = Utterances.of(recipe, recipe.evaluate.subsets)
@@ -143,6 +146,7 @@ class Evaluator:
             "mode": self.cadence.mode,
             "normalizer": self.cadence.normalizer,
             "decoder": "greedy",
+            "weights": self.weights,
             "loss": sum(row[1] for row in rows) / len(rows),
             **told,
             "criterion": {"subset": self.cadence.best_on, "wer": criterion(self.cadence, told)},

@@ -51,13 +51,14 @@ class Evaluations:
             self.sidecar = Sidecar(attempt, recipe.evaluate, recipe.launch.deadlines)
 
     def now(self, step: int, stop: Stop) -> dict[str, Any] | None:
-        """Evaluate the weights of now, by all ranks or by rank 0 alone, and publish the result.
+        """Evaluate the weights of now, or their moving average where the run keeps one, by all ranks or by rank 0
+        alone, and publish the result.
 
         Returns:
             rank 0: the result; the others: its `criterion` alone. None on all where one was asked to break off.
         """
         began = time.monotonic()
-        with untouched_dice():
+        with untouched_dice(), self.engine.averaged():
             if self.mode == "rank0":
                 return self._by_rank_0(step, began, stop)
             rows = self.evaluator.compute(self.engine.infer, stop)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +16,7 @@ from launcher import rundir
 from launcher.errors import UsageError
 from launcher.recipe import Recipe
 from launcher.recipe_optimization import Freeze, Lora
+from launcher.worker.adamw import AdamW
 from launcher.worker.backbone import CtcModel, SpeechModel
 from launcher.worker.tiny_ctc import TinyCtcModel
 
@@ -38,8 +38,8 @@ def prepare(model: SpeechModel, recipe: Recipe) -> SpeechModel:
 
 
 def identity(recipe: Recipe, vocabulary: str) -> str:
-    """A hash of all that decides which weights there are and how the optimizer groups them: a checkpoint fits no other.
-    `vocabulary` is the digest of the run's.
+    """A hash of all that decides which weights there are, how the optimizer groups them, and whether it keeps their
+    average: a checkpoint fits no other. `vocabulary` is the digest of the run's.
 
     What is frozen for some steps only is in the optimizer all the time, and may change.
     """
@@ -50,6 +50,8 @@ def identity(recipe: Recipe, vocabulary: str) -> str:
         value["freeze"] = [freeze.model_dump(include={"parts", "but"}) for freeze in recipe.freeze]
     if recipe.optimizer.layer_decay != 1:
         value["layer_decay"] = True
+    if recipe.optimizer.ema is not None:
+        value["ema"] = True
     return rundir.digest_json([recipe.backbone.model_dump(), vocabulary, *([value] if value else [])])
 
 
@@ -135,30 +137,17 @@ def groups(model: SpeechModel, recipe: Recipe) -> list[Group]:
     ]
 
 
-class AdamW(torch.optim.AdamW):
-    """Passes over groups that are `frozen`: their weights, moments and counts stay as they are.
-
-    DeepSpeed flattens a group into one vector that has a gradient, of zeros, at every step.
-    """
-
-    def step(self, closure: Any = None) -> Any:
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group.get("frozen")]
-        try:
-            return super().step(closure)
-        finally:
-            self.param_groups = groups
-
-
 def optimizer_for(all_groups: Sequence[Group], recipe: Recipe) -> AdamW:
     options = recipe.optimizer
-    return AdamW(
+    optimizer = AdamW(
         [{"params": group.parameters, "weight_decay": group.weight_decay} for group in all_groups],
         lr=options.learning_rate,
         betas=(options.betas[0], options.betas[1]),
         eps=options.eps,
         fused=True if recipe.offload.optimizer else None,
     )
+    optimizer.ema = options.ema
+    return optimizer
 
 
 def set_rates(param_groups: Sequence[dict[str, Any]], all_groups: Sequence[Group], rate: float, step: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.errors import DataError
+from launcher.worker.adamw import EMA
 from launcher.worker.ranks import Ranks
 from launcher.worker.shards import HINT, KINDS, Piece, Shards, check_coverage, check_names, part_of_3
 
@@ -113,9 +114,11 @@ def _check_weights(optimizer: Any, pieces: Iterable[Piece], vectors: list[Tensor
 def _fill(
     optimizer: Any, stage: int, shards: Shards, pieces: Iterable[Piece], vectors: list[Tensor], ranks: Ranks
 ) -> None:
-    """This rank's weights and moments, its counts of updates and the loss's scale, as if its own file had them."""
+    """This rank's weights, moments and average, its counts of updates and the loss's scale, as if its own file had
+    them."""
     steps = [shards.step(group) for group in range(len(vectors))]
-    filled = {"fp32": vectors, **{kind: [torch.zeros_like(v) for v in vectors] for kind in KINDS[1:]}}
+    states = (*KINDS[1:], *([] if optimizer.optimizer.ema is None else [EMA]))
+    filled = {"fp32": vectors, **{kind: [torch.zeros_like(v) for v in vectors] for kind in states}}
     for kind, into in filled.items():
         for piece in pieces:
             if kind != "fp32" and steps[piece.group] is None:
@@ -125,10 +128,9 @@ def _fill(
     state = {**optimizer.state_dict(), "loss_scaler": shards.loss_scaler}
     base = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
     numbers = [number for options in base["param_groups"] for number in options["params"]]
-    moments = zip(numbers, steps, filled["exp_avg"], filled["exp_avg_sq"], strict=True)
     base["state"] = {
-        number: {"step": torch.tensor(step), "exp_avg": first, "exp_avg_sq": second}
-        for number, step, first, second in moments
+        number: {"step": torch.tensor(step), **{kind: filled[kind][group] for kind in states}}
+        for group, (number, step) in enumerate(zip(numbers, steps, strict=True))
         if step is not None
     }
     optimizer.load_state_dict([state] * ranks.world_size, load_optimizer_states=True, load_from_fp32_weights=True)

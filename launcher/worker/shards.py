@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from launcher.errors import DataError
+from launcher.worker.adamw import EMA
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
-"""Of each trained parameter, all fp32: the master weight and Adam's two moments."""
+"""Of each trained parameter, all fp32: the master weight and Adam's two moments. The moving average of the weights is
+one more where the run keeps it, `adamw.EMA`."""
 
 HINT = "resume with as many ranks as saved it; a checkpoint that verifies and cannot be read so is a bug of speechctl"
 
@@ -140,7 +142,7 @@ class Shards:
 
     def _vector(self, kind: str, rank: int, group: int) -> Tensor:
         state = self._states[rank]
-        if kind == "fp32":
+        if kind == "fp32" or (kind == EMA and self.step(group) is None):
             vectors = state["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"]
             return vectors[group]  # type: ignore[no-any-return]
         base = self._base(state)
@@ -148,7 +150,7 @@ class Shards:
         return base["state"][numbers[group]][kind]  # type: ignore[no-any-return]
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """Elements of a flattened parameter, fp32, shape (count,)."""
+        """Elements of a flattened parameter, fp32, shape (count,). What has not been updated yet is its own average."""
         into = torch.empty(count, dtype=torch.float32)
         for piece in self.pieces[name]:
             first, end = max(start, piece.start), min(start + count, piece.start + piece.count)

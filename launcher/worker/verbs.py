@@ -121,10 +121,11 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.subset:
         cadence = recipe.evaluate.model_copy(update={"subsets": options.subset})
         recipe = recipe.model_copy(update={"evaluate": cadence})
-    model = restored(run, options.step, recipe.backbone, recipe.seed).eval().to(ranks.device)
+    model = restored(run, options.step, recipe.backbone, recipe.seed, ema=options.ema).eval().to(ranks.device)
     evaluator = Evaluator(recipe, model, ranks)
-    source = source_of(run, options.step)
-    facts: dict[str, Any] = {"mode": "evaluate", "source": source, "checkpoint": source["checkpoint"]}
+    source = source_of(run, options.step, ema=options.ema)
+    facts: dict[str, Any] = {"mode": "evaluate", "weights": source["weights"], "source": source}
+    facts["checkpoint"] = source["checkpoint"]
     search: Any = None
     if options.lm is not None:
         from launcher.worker.beam_search import BeamSearch, Options
@@ -132,8 +133,7 @@ def evaluate(options: argparse.Namespace) -> int:
         wanted = Options(options.lm, options.beam, options.lm_weight, options.word_score)
         search = BeamSearch(model, wanted)
         facts |= {"decoder": str(wanted), "beam_search": wanted.to_json()}
-    which = f"the average of {len(options.step)} checkpoints" if len(options.step) > 1 else f"step {source['step']}"
-    say(f"evaluating {which} on {ranks.device}")
+    say(f"evaluating {_which(options)} on {ranks.device}")
     began = time.monotonic()
 
     def infer(tensors: Any) -> Any:
@@ -152,6 +152,13 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _which(options: argparse.Namespace) -> str:
+    """The weights that a command takes, in words."""
+    if len(options.step) > 1:
+        return f"the average of {len(options.step)} checkpoints"
+    return f"{'the moving average of the weights at ' if options.ema else ''}step {options.step[0]}"
+
+
 def sidecar(options: argparse.Namespace) -> int:
     """An evaluation of training in this process beside it: of a sealed checkpoint, in the precision of the run."""
     import torch
@@ -167,7 +174,8 @@ def sidecar(options: argparse.Namespace) -> int:
     run, ranks = attempt.run, Ranks()
     recipe = recipe_file.load(run.resolved)
     mark("weights")
-    model = restored(run, step, recipe.backbone, recipe.seed).eval().to(ranks.device)
+    ema = recipe.optimizer.ema is not None
+    model = restored(run, step, recipe.backbone, recipe.seed, ema=ema).eval().to(ranks.device)
     bf16 = recipe.precision == "bf16"
     if bf16 and recipe.zero_stage != "off":
         model = model.to(torch.bfloat16)  # as DeepSpeed has it; without it, Accelerate computes under autocast
@@ -257,10 +265,12 @@ def export(options: argparse.Namespace) -> int:
 
     run = Run(options.run)
     recipe = recipe_file.load(run.resolved)
-    model = restored(run, options.step, recipe.backbone, recipe.seed)
+    model = restored(run, options.step, recipe.backbone, recipe.seed, ema=options.ema)
+    say(f"writing {_which(options)}")
     need = sum(p.numel() * p.element_size() for p in model.parameters())
     with staging.staged(options.target, need) as folder:
         write_export(model, folder)
-        rundir.seal(folder, options.target, {"format": "speechctl.export/1", "source": source_of(run, options.step)})
+        source = source_of(run, options.step, ema=options.ema)
+        rundir.seal(folder, options.target, {"format": "speechctl.export/1", "source": source})
     print(options.target)
     return 0

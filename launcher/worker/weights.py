@@ -1,5 +1,5 @@
-"""The weights of a sealed checkpoint, or the average of several, in one process: for whoever wants the model and not
-its training."""
+"""The weights of a sealed checkpoint, their moving average, or the average of several checkpoints, in one process: for
+whoever wants the model and not its training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch
 
 from launcher import recipe as schema
 from launcher import recipe_file, rundir, sealed
-from launcher.errors import DataError
+from launcher.errors import DataError, UsageError
 from launcher.rundir import Run
 from launcher.worker import learning, vocabularies
+from launcher.worker.adamw import EMA
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.models import build
+from launcher.worker.shards import Shards
 
 
 def weights_of(run: Run, step: int) -> dict[str, torch.Tensor]:
@@ -41,6 +43,48 @@ def weights_of(run: Run, step: int) -> dict[str, torch.Tensor]:
             # At stage 1 these are the trained ones alone: without the others, no run with frozen weights was exported.
             saved = {**saved, **get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="deepspeed")}
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in saved.items()}
+
+
+def ema_of(run: Run, step: int, model: SpeechModel) -> dict[str, torch.Tensor]:
+    """The same with the moving average in the place of what learns. What is frozen, or has not been updated yet, is its
+    own average.
+
+    Args:
+        model: as it is trained: with adapters apart, and without gradients where nothing ever learns.
+
+    Raises:
+        DataError: the checkpoint does not verify.
+        UsageError: the run keeps no average.
+    """
+    recipe = recipe_file.load(run.resolved)
+    if recipe.optimizer.ema is None:
+        raise UsageError(
+            f"{run.root} keeps no moving average of its weights",
+            hint="a run whose recipe has optimizer.ema does; --average last:5 is the mean of its last checkpoints",
+        )
+    weights = weights_of(run, step)
+    folder, identity = run.checkpoint(step), rundir.manifest_of(run.checkpoint(step))["identity"]
+    stage = identity["zero_stage"]
+    parameters = dict(model.named_parameters())
+    if stage in ("1", "2", "3"):
+        shards = Shards(folder / "deepspeed", int(stage), identity["world_size"])
+        for name, size in shards.sizes().items():
+            weights[name] = shards.read(EMA, name, 0, size).view(parameters[name].shape)
+        return weights
+    if stage == "off":
+        saved = torch.load(folder / "accelerate.pt", map_location="cpu", weights_only=True)["optimizer"]
+    else:
+        path = folder / "deepspeed" / "mp_rank_00_model_states.pt"
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer"]
+        saved = saved.get("optimizer_state_dict", saved)  # AdamW's, inside of that for bf16 and fp16
+    # The optimizer knows parameters by their number, group by group.
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    in_order = [names[id(parameter)] for group in learning.groups(model, recipe) for parameter in group.parameters]
+    for number, name in zip(numbers, in_order, strict=True):
+        if EMA in (state := saved["state"].get(number, {})):
+            weights[name] = state[EMA].view(parameters[name].shape)
+    return weights
 
 
 def average_of(run: Run, steps: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -69,35 +113,49 @@ def average_of(run: Run, steps: Sequence[int]) -> dict[str, torch.Tensor]:
     return {name: sums[name].div_(len(steps)).float() if name in sums else newest[name] for name in newest}
 
 
-def source_of(run: Run, steps: Sequence[int]) -> dict[str, Any]:
-    """Which checkpoints weights were taken from, for the record: the newest, and all where there are several."""
+def source_of(run: Run, steps: Sequence[int], *, ema: bool = False) -> dict[str, Any]:
+    """Which checkpoints weights were taken from, for the record: the newest, and all where there are several; and which
+    weights: `trained`, their moving average `ema`, or the `average` of several checkpoints."""
     digests = {step: str(rundir.manifest_of(run.checkpoint(step))["digest"]) for step in sorted(steps)}
     newest = max(steps)
-    source: dict[str, Any] = {"run": str(run.root), "step": newest, "checkpoint": digests[newest]}
+    weights = EMA if ema else "trained" if len(steps) == 1 else "average"
+    source: dict[str, Any] = {"run": str(run.root), "step": newest, "checkpoint": digests[newest], "weights": weights}
     if len(steps) > 1:
         source["average_of"] = [{"step": step, "checkpoint": digest} for step, digest in digests.items()]
     return source
 
 
 def restored(
-    run: Run, step: int | Sequence[int], backbone: schema.Backbone, seed: int, *, merged: bool = True
+    run: Run,
+    step: int | Sequence[int],
+    backbone: schema.Backbone,
+    seed: int,
+    *,
+    merged: bool = True,
+    ema: bool = False,
 ) -> SpeechModel:
     """The model with the weights of a sealed checkpoint, or with the average of several.
 
     Args:
         merged: adapters are merged into the weights; otherwise they are as in training.
+        ema: take the moving average of the weights, of one checkpoint.
 
     Raises:
         DataError: a checkpoint does not verify, or holds other weights than the model has.
+        UsageError: the run keeps no moving average.
     """
     steps = [step] if isinstance(step, int) else step
     model = build(backbone, seed=seed, vocabulary=vocabularies.of_run(run))
-    lora = recipe_file.load(run.resolved).lora
-    if lora is not None:
+    recipe = recipe_file.load(run.resolved)
+    if (lora := recipe.lora) is not None:
         learning.adapt(model, lora)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         # DeepSpeed prints its progress, and stdout is for our answer
-        weights = weights_of(run, steps[0]) if len(steps) == 1 else average_of(run, steps)
+        if ema:
+            learning.freeze_for_ever(model, recipe.freeze)
+            weights = ema_of(run, steps[0], model)
+        else:
+            weights = weights_of(run, steps[0]) if len(steps) == 1 else average_of(run, steps)
     problems: Any = model.load_state_dict(weights, strict=False)
     # Tied weights are stored once; whatever is left must share memory with something that was loaded.
     loaded = {t.data_ptr() for n, t in model.state_dict().items() if n in weights}

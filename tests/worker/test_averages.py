@@ -110,6 +110,7 @@ def test_an_export_of_an_average(run: Run, tmp_path: Path, monkeypatch: pytest.M
         "run": str(run.root),
         "step": 9,
         "checkpoint": digests[-1],
+        "weights": "average",
         "average_of": [{"step": s, "checkpoint": d} for s, d in zip(STEPS, digests, strict=True)],
     }
     from safetensors.torch import load_file

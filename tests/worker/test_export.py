@@ -84,9 +84,9 @@ for when in ("before the weights", "after the weights", "at an fsync", "at the m
         if "rename" in when:
             os.rename = rename
         if when == "while it reads":
-            def restored(*arguments, kept=weights.restored):
+            def restored(*arguments, kept=weights.restored, **options):
                 os.write(2, b"leased" if not sealed.remove(run, 3) else b"removed")
-                return kept(*arguments)
+                return kept(*arguments, **options)
             weights.restored = restored
         os._exit(worker.main(["export", str(run.root), "--step", "3", "--target", str(folder / when / "x")]))
     print(when, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), sep="\\t", flush=True)
@@ -115,6 +115,7 @@ def test_killed_at_any_moment_it_is_whole_or_absent(
                 "run": str(run.root),
                 "step": 3,
                 "checkpoint": rundir.manifest_of(run.checkpoint(3))["digest"],
+                "weights": "trained",
             }
     assert "leased" in done.stderr and "removed" not in done.stderr
     # The next one removes what is left of a killed one.
