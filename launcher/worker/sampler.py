@@ -137,7 +137,12 @@ class Sampler:
         self.quadratic_seconds = quadratic_seconds
         self.padded_lengths = padded_lengths
         self.ladder = ladder(self.ways.ravel(), padded_lengths)
-        self._rungs = np.searchsorted(self.ladder, self.ways - 1e-9).astype(np.uint16)
+        self.costs = self.ladder
+        """What one utterance of each length on the ladder takes of a micro-batch's budget."""
+        if quadratic_seconds is not None:
+            self.costs = self.ladder + self.ladder**2 / quadratic_seconds
+        self.rungs = np.searchsorted(self.ladder, self.ways - 1e-9).astype(np.uint16)
+        """Where on the ladder each utterance is in each way, shape (ways, utterances)."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -163,7 +168,7 @@ class Sampler:
         Raises:
             ValueError: an utterance is longer than a micro-batch may be.
         """
-        rungs = self._rungs[self.ways_in(cursor.epoch), np.arange(len(self))]
+        rungs = self.rungs[self.ways_in(cursor.epoch), np.arange(len(self))]
         left: Indices = np.arange(len(self), dtype=np.int64)
         steps: list[Step] = []
         shape: tuple[int, int] | None = None
@@ -185,9 +190,7 @@ class Sampler:
         """Shuffle `left`, sort by rung, cut by the budget, group into steps, shuffle the steps."""
         group = world_size * accumulation
         budget = self.step_seconds / group
-        costs = self.ladder
-        if self.quadratic_seconds is not None:
-            costs = costs + costs**2 / self.quadratic_seconds
+        costs = self.costs
         # Over all ways of all utterances: what fits in this epoch fits in every other.
         if costs[-1] > budget + 1e-6:
             counted = "" if self.quadratic_seconds is None else f", which count as {costs[-1]:.1f},"
@@ -210,7 +213,7 @@ class Sampler:
         self, order: Indices, rungs: npt.NDArray[np.uint16], costs: Seconds, budget: float
     ) -> list[MicroBatch]:
         """Greedy: each batch takes as many utterances as fit when all are padded to its first."""
-        fit: list[int] = np.maximum(1, (budget + 1e-6) / costs).astype(np.int64).tolist()
+        fit: list[int] = room(costs, budget).tolist()
         lengths: list[float] = self.ladder.tolist()
         of: list[int] = rungs.tolist()
         cut, start = [], 0
@@ -246,6 +249,11 @@ class Sampler:
             parts[largest : largest + 1] = [MicroBatch(h, float(self.ladder[rungs[h[0]]])) for h in halves]
         filler = [MicroBatch(parts[0].indices, parts[0].seconds, filler=True)] * (group - len(parts))
         return [*parts, *filler]
+
+
+def room(costs: Seconds, budget: float) -> Indices:
+    """How many utterances of each cost a micro-batch holds."""
+    return np.asarray(np.maximum(1, (budget + 1e-6) / costs), dtype=np.int64)
 
 
 def ladder(seconds: Seconds, count: int) -> Seconds:
