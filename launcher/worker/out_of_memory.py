@@ -25,19 +25,26 @@ def memory_errors(what: str | Callable[[], str], recipe: Recipe) -> Iterator[Non
         if not is_of_memory(error):
             raise
         said = what if isinstance(what, str) else what()
-        first = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise MemoryExhausted(f"out of memory in {said}: {first}", hint=remedy(recipe)) from error
+        raise MemoryExhausted(f"out of memory in {said}: {first_line(error)}", hint=remedy(recipe)) from error
 
 
 def is_of_memory(error: BaseException) -> bool:
-    """The CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """The CPU's allocator, cuBLAS and cuDNN raise a plain RuntimeError."""
+    signs = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def remedy(recipe: Recipe) -> str:
     """What to change, the cheapest first."""
     ways = [
         f"lower batch.max_rank_seconds, {recipe.batch.max_rank_seconds:g} now: the same step in smaller micro-batches"
+        " (`speechctl fit RECIPE` finds the largest that fits)"
     ]
     if not recipe.activation_checkpointing:
         ways.append("activation_checkpointing: true")
