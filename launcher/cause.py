@@ -301,7 +301,8 @@ def _raised(ended: _Ended, cause: dict[str, Any]) -> Failure:
         kind, hint = "device", f"look at the GPUs of {ended.host(ended.node_of(rank))}; {resume(ended.attempt)}"
     elif cause["type"] == "OutOfMemoryError":
         kind = "device memory"
-        hint = "use less: batch.max_rank_seconds, a higher zero_stage; or GPUs with more memory"
+        hint = "use less: batch.max_rank_seconds (`speechctl fit RECIPE` finds the largest that fits), a higher"
+        hint += " zero_stage; or GPUs with more memory"
     elif cause["type"] == "MemoryExhausted" and re.search(r"CUDA|cuda", cause["message"]):
         kind = "device memory"
     said = cause["message"] if known else f"{cause['type']}: {cause['message']}"

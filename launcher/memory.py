@@ -102,6 +102,20 @@ def limit(group: Path) -> int | None:
     return min(values, default=None)
 
 
+def available(pid: int) -> int:
+    """How much more memory a process may take without any other being ended for it, in bytes: of the machine, and of
+    what its cgroup and those above it may use. What the kernel keeps of files counts as free."""
+    group, left = cgroup(pid), psutil.virtual_memory().available
+    for folder in () if group is None else (group, *group.parents):
+        if (most := limit(folder)) is None:
+            continue
+        used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
+        files = re.search(r"(?m)^(?:total_)?inactive_file (\d+)$", _text(folder / "memory.stat"))
+        if used.strip().isdecimal():
+            left = min(left, most - int(used) + (int(files[1]) if files else 0))
+    return max(0, left)
+
+
 def machine_kills() -> int:
     found = re.search(r"(?m)^oom_kill (\d+)$", _text("/proc/vmstat"))
     return int(found[1]) if found else 0

@@ -94,6 +94,8 @@ ORDER = (
     "views",
     "follow",
     "start",
+    "trials",
+    "fit",
     "cli.arguments",
     "cli.before",
     "cli.runs",

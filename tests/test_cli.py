@@ -22,7 +22,7 @@ from tests.conftest import RECIPE, Golden, made_run, wait_until
 from tests.test_rundir import held
 
 ROOT = Path(__file__).parent.parent
-BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan"], ["evaluate", "report", "export", "transcribe"]
+BEFORE, AFTER = ["recipe check", "prepare", "pack", "plan", "fit"], ["evaluate", "report", "export", "transcribe"]
 CHECKPOINT = [f"checkpoint {word}" for word in ("ls", "verify", "prune", "pin", "unpin", "reshard")]
 COMMANDS = [*BEFORE, "launch", "resume", "status", "why", "audit", "logs", "attach", "stop", *AFTER, *CHECKPOINT]
 
@@ -82,6 +82,9 @@ def compare(
         ("nothing", "", 2),
         ("launch-help", "launch --help", 0),
         ("resume-help", "resume --help", 0),
+        ("fit-help", "fit --help", 0),
+        ("fit-bad-memory", "fit stub.yaml --memory plenty", 2),
+        ("fit-bad-recipe", "fit bad.yaml", 2),
         ("unknown-command", "lauch x.yaml", 2),
         ("unknown-option", "status --jsn runs/stub", 2),
         ("missing-argument", "resume", 2),

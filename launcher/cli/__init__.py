@@ -104,6 +104,7 @@ for _command in (
     before.prepare,
     before.pack,
     before.plan,
+    before.fit,
     runs.launch,
     runs.resume,
     runs.status,

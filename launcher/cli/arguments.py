@@ -89,3 +89,15 @@ def length_of_time(option: str, text: str) -> float:
         return TypeAdapter(Seconds).validate_python(text)
     except ValidationError as error:
         raise UsageError(f"{option} {text!r} is no length of time", hint="such as 90s, 10m, 2h or 01:30:00") from error
+
+
+def number_of_bytes(option: str, text: str) -> int:
+    from pydantic import TypeAdapter, ValidationError
+
+    from launcher.errors import UsageError
+    from launcher.recipe_values import Bytes
+
+    try:
+        return TypeAdapter(Bytes).validate_python(int(text) if text.isdecimal() else text)
+    except ValidationError as error:
+        raise UsageError(f"{option} {text!r} is no amount of memory", hint="such as 8GiB, 500MiB or 40GB") from error

@@ -14,6 +14,7 @@ from launcher.cli.arguments import (
     Overrides,
     RecipePath,
     length_of_time,
+    number_of_bytes,
 )
 
 
@@ -116,3 +117,39 @@ def plan(
         ui.answer(json.dumps({**made.to_json(), "saving": saving.to_json()}, indent=1))
     else:
         views.plan(made, saving)
+
+
+def fit(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of a trial, all on this machine.")] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Of a GPU, or all ranks on a CPU: use no more than this, such as 40GiB. Default: all of a GPU; what"
+            " the machine has free.",
+            show_default=False,
+        ),
+    ] = None,
+    headroom: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of it that stays free.")] = 0.1,
+    as_json: AsJson = False,
+) -> None:
+    """Find the largest batch.max_rank_seconds that fits this machine, by trying.
+
+    Each budget is tried in processes of its own: some training steps on the micro-batches that take most memory (the
+    longest utterances, most utterances, most sound, most attention, most text) and on the most usual one. Changes
+    nothing: the last line is for the recipe. What a rank takes at ZeRO 1 to 3 depends on their number: --ranks.
+
+    Exit codes: 0 found, 77 not even the longest utterance fits.
+    """
+    from launcher import fit as fits
+    from launcher import recipe_file, ui
+
+    memory_bytes = None if memory is None else number_of_bytes("--memory", memory)
+    with recipe_file.resolved(recipe, overrides) as (value, path):
+        found = fits.fit(value, path, ranks, memory_bytes, headroom, ui.say)
+    if as_json:
+        ui.answer(json.dumps(found.to_json(), indent=1))
+    else:
+        fits.show(found, value, headroom)

@@ -65,6 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
         allreduce.add_argument(f"--{number}", type=int, default=0)
     for word in ("address", "backend"):
         allreduce.add_argument(f"--{word}", required=True)
+    fit = verbs.add_parser("fit")
+    fit.add_argument("recipe", type=Path)
+    fit.add_argument("folder", type=Path)
+    fit.add_argument("--budget", type=float, required=True)
+    fit.add_argument("--memory", type=int)
+    fit.add_argument("--headroom", type=float, default=0.0)
     fetch = verbs.add_parser("fetch")
     fetch.add_argument("source")
     fetch.add_argument("--revision")
@@ -77,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.verb in ("allreduce", "fetch"):
             from launcher.worker import preflight as implementations
+        elif options.verb == "fit":
+            from launcher.worker import fit as implementations  # type: ignore[no-redef]
         elif options.verb == "transcribe":
             from launcher.worker import transcribe as implementations  # type: ignore[no-redef]
         else:

@@ -77,8 +77,9 @@ def facts(options: argparse.Namespace) -> int:
     data = TrainingSet.open(recipe, model)
     batch, world_size = recipe.batch, options.world_size
     each = accumulation(batch.step_seconds, batch.max_rank_seconds, world_size)
+    sampler = data.sampler(recipe)
     try:
-        steps = data.sampler(recipe).steps_left(Cursor(0, []), world_size, each)
+        steps = sampler.steps_left(Cursor(0, []), world_size, each)
     except ValueError as error:
         raise UsageError(
             f"the batch does not fit: {error}",
@@ -98,6 +99,7 @@ def facts(options: argparse.Namespace) -> int:
         "padding": order.waste,
         "straggler": order.straggler,
         "padded_lengths": order.padded_lengths,
+        "longest_s": float(sampler.costs[-1]),
         "packs": data.utterances.digest,
     }
     evaluated = Utterances.of(recipe, recipe.evaluate.subsets)

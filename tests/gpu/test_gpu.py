@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.fit import PRECISION
 from launcher.rundir import Run, read_json, read_lines
 from tests.conftest import GPUS
 from tests.worker.runs import kill_rank, speechctl, started, wait_for
@@ -86,3 +88,36 @@ def test_killed_and_resumed_on_one_gpu(packed: Path) -> None:
     assert first > 20
     assert after[first] == pytest.approx(before[first], rel=1e-3)
     assert max(after) == 200
+
+
+def test_the_largest_budget_on_one_gpu(packed: Path) -> None:
+    """Of a GPU that may give no more than a whole step takes: the answer fits as it was run and stays under the limit,
+    and one hardly larger is refused by CUDA itself."""
+    recipe = str(RECIPES / "demo.yaml")
+    sets = ["launch.device=auto", "launch.processes=1", "batch.step_seconds=2000s", "batch.max_rank_seconds=400s"]
+    options = ["--json", *(x for s in sets for x in ("--set", s))]
+    done = speechctl("fit", recipe, *options, "--headroom", "0", cwd=packed)
+    assert done.returncode == 0, done.stderr
+    whole = json.loads(done.stdout)
+    assert whole["is_largest"] and whole["max_rank_seconds"] == 2000 and whole["device"] != "cpu"
+    taken = {t["max_rank_seconds"]: t["needed_bytes"] for t in whole["trials"]}
+    assert taken[2000] > taken[400]
+    others = torch_total(packed) - whole["limit_bytes"]
+    memory = (taken[400] + taken[2000]) // 2 + others
+    done = speechctl("fit", recipe, *options, "--headroom", "0", "--memory", str(memory), cwd=packed)
+    assert done.returncode == 0, done.stderr
+    less = json.loads(done.stdout)
+    good = [t for t in less["trials"] if t["fits"]]
+    bad = [t for t in less["trials"] if not t["fits"]]
+    assert 400 <= less["max_rank_seconds"] < 2000 and bad
+    assert min(t["max_rank_seconds"] for t in bad) - less["max_rank_seconds"] <= PRECISION * 2000
+    assert all(t["peak_bytes"] <= t["limit_bytes"] for t in good)
+    assert all("out of memory" in t["why"] for t in bad)
+
+
+def torch_total(folder: Path) -> int:
+    """Of the GPU."""
+    code = "import torch; print(torch.cuda.mem_get_info()[1])"
+    return int(
+        subprocess.run([sys.executable, "-c", code], cwd=folder, text=True, capture_output=True, check=True).stdout
+    )
