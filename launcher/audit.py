@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import report, rundir
+from launcher import report, rundir, sealing
 from launcher.errors import DataError
 from launcher.rundir import Attempt, Run
 
@@ -209,7 +209,7 @@ class Auditor:
 
     def go(self, sealed: list[int]) -> Audit:
         standing = spans(self.run, self.result.sealed)
-        accounts = {step: rundir.manifest_of(self.run.checkpoint(step))["progress"]["cursor"] for step in sealed}
+        accounts = {step: sealing.manifest_of(self.run.checkpoint(step))["progress"]["cursor"] for step in sealed}
         reached = 0
         for span in standing:
             if span.first != reached + 1:

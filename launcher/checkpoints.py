@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import recipe_file, report, retention, rundir, sealed
+from launcher import recipe_file, report, retention, rundir, sealed, sealing
 from launcher.errors import DataError, NotFoundError, UsageError
 from launcher.lock import RunLock
 from launcher.retention import Rules
@@ -120,8 +120,8 @@ def look(run: Run, step: int) -> Condition:
     """What can be said of a checkpoint without reading its files."""
     folder = run.checkpoint(step)
     try:
-        manifest = rundir.manifest_of(folder)
-        problems = list(rundir.misfits(folder, manifest).values())
+        manifest = sealing.manifest_of(folder)
+        problems = list(sealing.misfits(folder, manifest).values())
     except (DataError, OSError) as error:
         if not folder.exists():
             return Condition(step, "gone")
@@ -162,7 +162,7 @@ def _damages(folder: Path, seen: Condition, tell: Tell) -> list[str]:
     """What is wrong with the content of files that are there and have the right size."""
     if not seen.manifest:
         return []
-    sound = {n: d for n, d in sorted(seen.manifest["files"].items()) if n not in rundir.misfits(folder, seen.manifest)}
+    sound = {n: d for n, d in sorted(seen.manifest["files"].items()) if n not in sealing.misfits(folder, seen.manifest)}
     total, done = sum(d["bytes"] for d in sound.values()), 0
     lock, ended = threading.Lock(), threading.Event()
 
@@ -176,7 +176,7 @@ def _damages(folder: Path, seen: Condition, tell: Tell) -> list[str]:
 
     pool = ThreadPoolExecutor(THREADS)
     try:
-        return [p for p in pool.map(lambda n: rundir.damage(folder / n, sound[n], each), sound) if p]
+        return [p for p in pool.map(lambda n: sealing.damage(folder / n, sound[n], each), sound) if p]
     finally:
         ended.set()
         pool.shutdown(cancel_futures=True)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import xxhash
 
-from launcher import retention, rundir, sealed
+from launcher import retention, rundir, sealed, sealing
 from launcher.errors import InfrastructureError, SpeechctlError, StorageError
 from launcher.rundir import Attempt, Run
 
@@ -170,7 +170,7 @@ class Committer:
                 more = {**sealed.marks(self.run, step), "attempt": self.attempt.number}
                 with rundir.storage_errors(self.staging, need):
                     self._check(digests)
-                    rundir.seal(self.staging, self.run.checkpoint(step), {**facts, **more}, digests)
+                    sealing.seal(self.staging, self.run.checkpoint(step), {**facts, **more}, digests)
                 outcome = Outcome(step, bytes=sum(d["bytes"] for d in digests.values()))
                 self.whole.add(step)
         except Exception as error:  # whatever it is, the other ranks hear of it at their vote, and training at `settle`
@@ -247,7 +247,7 @@ class Committer:
 
     def _check(self, digests: Mapping[str, Mapping[str, Any]]) -> None:
         """What lies there, as rank 0 sees it, is what the ranks say they wrote."""
-        found = {str(p.relative_to(self.staging)): p.stat().st_size for p in rundir.files_under(self.staging)}
+        found = {str(p.relative_to(self.staging)): p.stat().st_size for p in sealing.files_under(self.staging)}
         wanted = {name: digest["bytes"] for name, digest in digests.items()}
         if found != wanted:
             name = min(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))

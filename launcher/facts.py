@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir
+from launcher import rundir, sealing
 from launcher.errors import SpeechctlError
 from launcher.recipe import Recipe
 
@@ -58,13 +58,13 @@ def _digest(recipe: Recipe, world_size: int) -> str | None:
     try:
         # Sizes and the manifest's own digest; every file is hashed by `pack`, and by nobody at a launch.
         # Of packs whose shards are elsewhere, only small files are here.
-        manifest = rundir.manifest_of if recipe.data.remote else partial(rundir.verify, share=slice(0, 0))
+        manifest = sealing.manifest_of if recipe.data.remote else partial(sealing.verify, share=slice(0, 0))
         packs = [manifest(recipe.pack(s))["digest"] for s in recipe.subsets]
-        code = [rundir.digest_file(p) for p in sorted((Path(__file__).parent / "worker").glob("*.py"))]
+        code = [sealing.digest_file(p) for p in sorted((Path(__file__).parent / "worker").glob("*.py"))]
     except (SpeechctlError, OSError):
         return None  # the worker says why
     names = ("torch", "torchaudio", "transformers")
-    return rundir.digest_json(
+    return sealing.digest_json(
         {
             "model": model,
             "data": recipe.data.model_dump(mode="json"),

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher import lock, ownership, redact, rundir
+from launcher import lock, ownership, redact, rundir, sealing
 from launcher.errors import DataError, UsageError
 from launcher.plan import Plan
 from launcher.rundir import Run
@@ -42,7 +42,7 @@ def create(run: Run, recipe: Path, resolved: Path, made: Plan, facts: Mapping[st
         rundir.write_json(staged.plan, made.to_json())
         if made.deepspeed is not None:
             rundir.write_json(staged.deepspeed, made.deepspeed)
-        rundir.write_json(staged.provenance, provenance(facts) | {"resolved": rundir.digest_file(staged.resolved)})
+        rundir.write_json(staged.provenance, provenance(facts) | {"resolved": sealing.digest_file(staged.resolved)})
         try:
             os.rename(staged.root, run.root)
         except OSError as error:  # another launch was quicker
@@ -106,7 +106,7 @@ def refuse_edited(run: Run) -> None:
         )
     recorded = known.get("resolved")
     # One from before is that of a resume which was killed while it wrote another.
-    if recorded is not None and rundir.digest_file(run.resolved) not in (recorded, *known.get("resolved_before", [])):
+    if recorded is not None and sealing.digest_file(run.resolved) not in (recorded, *known.get("resolved_before", [])):
         raise UsageError(
             f"{run.resolved} was changed after the run was launched",
             hint="restore it; for other values launch another run, with --set run_dir=…",

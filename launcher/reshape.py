@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import rundir
+from launcher import rundir, sealing
 from launcher.errors import UsageError
 from launcher.hosts import Host
 from launcher.plan import Plan
@@ -50,7 +50,7 @@ def record(run: Run, resolved: Path, made: Plan) -> None:
     """
     known = rundir.read_json(run.provenance) or {}
     before = [*known.get("resolved_before", []), known.get("resolved")]
-    now = rundir.digest_file(resolved)
+    now = sealing.digest_file(resolved)
     rundir.write_json(
         run.provenance, {**known, "resolved": now, "resolved_before": [d for d in before if d not in (None, now)]}
     )

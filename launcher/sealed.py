@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir
+from launcher import rundir, sealing
 from launcher.errors import DataError, NotFoundError
 from launcher.rundir import Run
 
@@ -45,12 +45,12 @@ def verify(run: Run, step: int, share: slice = slice(None)) -> dict[str, Any]:
     """The manifest of a checkpoint of this run, after its files were read and hashed; nothing was unpickled.
 
     Args:
-        share: which files to hash, as of `rundir.verify`.
+        share: which files to hash, as of `sealing.verify`.
 
     Raises:
         DataError: it is damaged, or is not what this run sealed at this step.
     """
-    manifest = rundir.verify(run.checkpoint(step), share)
+    manifest = sealing.verify(run.checkpoint(step), share)
     if problem := foreign(run, step, manifest):
         raise DataError(
             problem,

@@ -21,7 +21,7 @@ class Busy(UsageError):
 
 @contextmanager
 def staged(target: Path, need: int = 0) -> Iterator[Path]:
-    """An empty directory beside `target`, for the caller to fill and `rundir.seal`; it is gone at the end if that did
+    """An empty directory beside `target`, for the caller to fill and `sealing.seal`; it is gone at the end if that did
     not come to pass. What a process that was killed left there goes first. One process at a time.
 
     Args:

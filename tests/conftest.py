@@ -19,7 +19,7 @@ import psutil
 import pytest
 import soundfile
 
-from launcher import plan, recipe_file, rundir, sealed, supervise
+from launcher import plan, recipe_file, rundir, sealed, sealing, supervise
 from launcher.failure import Failure
 from launcher.hosts import Host
 from launcher.plan import Plan
@@ -290,7 +290,7 @@ def made_run(root: Path, state: str) -> Run:
     for step in range(2, last + 1, 2):
         run.checkpoint(step).mkdir()
         manifest = {**sealed.marks(run, step), "files": {}}
-        rundir.write_json(run.checkpoint(step) / rundir.MANIFEST, {**manifest, "digest": rundir.digest_json(manifest)})
+        rundir.write_json(run.checkpoint(step) / rundir.MANIFEST, {**manifest, "digest": sealing.digest_json(manifest)})
     rundir.write_json(run.best, {"step": last, "wer": 15 / 40 if last == 6 else 20 / 40})
     if state in ("finished", "stopped"):
         rundir.write_json(attempt.exit, {"code": 0 if state == "finished" else 75, "step": last, "sealed_step": last})

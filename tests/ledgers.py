@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launcher import rundir
+from launcher import rundir, sealing
 from launcher.rundir import Attempt, Run
 from launcher.worker.sampler import Cursor, Sampler, accumulation
 from tests.conftest import RECIPE
@@ -78,7 +78,7 @@ class Made:
         self.sealed[step] = Cursor.from_json(cursor.to_json())
         staged = self.run.checkpoints / ".staged"
         staged.mkdir()
-        rundir.seal(staged, self.run.checkpoint(step), {"progress": {"step": step, "cursor": cursor.to_json()}}, {})
+        sealing.seal(staged, self.run.checkpoint(step), {"progress": {"step": step, "cursor": cursor.to_json()}}, {})
 
 
 def name(index: int) -> str:

@@ -36,6 +36,7 @@ ORDER = (
     "redact",
     "secret",
     "rundir",
+    "sealing",
     "lock",
     "lines",
     "shard_folder",
@@ -122,6 +123,7 @@ CONTRACT = {
         "retention",
         "rundir",
         "sealed",
+        "sealing",
         "shard_folder",
         "staging",
     )

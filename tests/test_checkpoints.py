@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import checkpoints, rundir, sealed, why
+from launcher import checkpoints, rundir, sealed, sealing, why
 from launcher.committer import Committer
 from launcher.errors import DataError, NotFoundError, UsageError
 from launcher.lock import RunLock
@@ -195,7 +195,7 @@ def test_one_that_is_removed_while_it_is_looked_for_is_gone(run: Run, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(sealed, "lease", late)
         assert checkpoints.verify(run, 2).state == "gone"
-    digest = rundir.digest_file
+    digest = sealing.digest_file
 
     def fresh(path: Path, each: object = None) -> dict[str, object]:
         if run.checkpoint(3).exists():
@@ -203,7 +203,7 @@ def test_one_that_is_removed_while_it_is_looked_for_is_gone(run: Run, monkeypatc
         return digest(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rundir, "digest_file", fresh)
+        patch.setattr(sealing, "digest_file", fresh)
         assert checkpoints.verify(run, 3).state == "gone"
     assert [row.condition.step for row in checkpoints.rows(run, [checkpoints.look(run, s) for s in (1, 3, 4)])] == [4]
 
@@ -241,7 +241,7 @@ def test_how_far_it_has_come_and_a_file_that_cannot_be_read(run: Run, monkeypatc
     def broken(path: Path, each: object = None) -> dict[str, object]:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(rundir, "digest_file", broken)
+    monkeypatch.setattr(sealing, "digest_file", broken)
     assert checkpoints.verify(run, 4).problems == [
         f"{run.checkpoint(4)}/{name} cannot be read: Input/output error"
         for name in ("deepspeed/deep/er/rank-0.pt", "deepspeed/rank-0.pt", "rank-00000.rng.json")
@@ -262,7 +262,7 @@ def test_ctrl_c_ends_all_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         if done == 9:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(rundir, "digest_file", long)
+    monkeypatch.setattr(sealing, "digest_file", long)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.verify(run, 4, interrupted)
     assert to_the_end == []

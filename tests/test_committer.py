@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from launcher import committer as committing
-from launcher import rundir, sealed
+from launcher import rundir, sealed, sealing
 from launcher.committer import Committer
 from launcher.errors import DataError, InfrastructureError
 from launcher.retention import Rules
@@ -54,7 +54,7 @@ def test_three_ranks_save_and_retention_follows(saver: Server, run: Run) -> None
     assert said.outcomes[0].bytes == 3 * 20_003
     assert good(run) == [3, 4]
     assert not list(run.checkpoints.glob(".*"))
-    manifest = rundir.manifest_of(run.checkpoint(4))
+    manifest = sealing.manifest_of(run.checkpoint(4))
     assert (manifest["step"], manifest["run"], manifest["attempt"]) == (4, "run", 1)
 
 
@@ -129,7 +129,7 @@ def test_the_disk_begins_before_the_last_byte(tmp_path: Path, monkeypatch: pytes
         ("fsync", 0, 5 * piece + 5),
     ]
     assert path.read_bytes() == data * 3 + data[:5] + data * 2
-    assert digest == rundir.digest_file(path)
+    assert digest == sealing.digest_file(path)
 
 
 def test_who_has_the_run_is_asked_at_every_save(run: Run) -> None:
@@ -193,7 +193,7 @@ def test_an_orphan_woken_before_its_rename_is_never_accepted(saver: Server, tmp_
         assert Report.read(Path(wanted.report)).ended or Report.read(Path(wanted.report)).outcomes[0].error
         assert good(run) == [4] * (trial % 2)
         if trial % 2:
-            assert rundir.manifest_of(run.checkpoint(4))["attempt"] == 2
+            assert sealing.manifest_of(run.checkpoint(4))["attempt"] == 2
         shutil.rmtree(run.root)
     count("orphans", n)
 
@@ -221,8 +221,8 @@ def test_of_many_launchers_one_writes(saver: Server, tmp_path: Path) -> None:
         for r in reports:
             assert r is won[0] or "exists already" in r.outcomes[0].error if r.outcomes else "in use by" in r.ended, r
         assert good(run) == [1, 2]
-        attempt = rundir.manifest_of(run.checkpoint(1))["attempt"]
-        assert rundir.manifest_of(run.checkpoint(2))["attempt"] == attempt
+        attempt = sealing.manifest_of(run.checkpoint(1))["attempt"]
+        assert sealing.manifest_of(run.checkpoint(2))["attempt"] == attempt
         shutil.rmtree(run.root)
     count("races for the lock", n)
 
@@ -240,7 +240,7 @@ def test_every_flipped_bit_is_found(run: Run) -> None:
     """In any file of a checkpoint, its manifest too, at any place."""
     alone(run, 1, 2)
     folder = run.checkpoint(2)
-    paths = [p for p in (*rundir.files_under(folder), folder / rundir.MANIFEST) if p.stat().st_size]
+    paths = [p for p in (*sealing.files_under(folder), folder / rundir.MANIFEST) if p.stat().st_size]
     dice = random.Random(seed(3))
     n = int(TRIALS or 100)
     for _ in range(n):
@@ -259,7 +259,7 @@ def test_every_truncation_is_found(run: Run) -> None:
     alone(run, 1)
     folder = run.checkpoint(1)
     tried = 0
-    for path in (*rundir.files_under(folder), folder / rundir.MANIFEST):
+    for path in (*sealing.files_under(folder), folder / rundir.MANIFEST):
         whole = path.read_bytes()
         cuts = {0, 1, len(whole) // 2, len(whole) - 1, len(whole) - 4096, len(whole) // 4096 * 4096, len(whole) - 2}
         # The last byte of a manifest is its newline, without which it says the same.
@@ -323,7 +323,7 @@ def edited_and_sealed_anew(run: Run, other: Run) -> None:
     manifest = rundir.read_json(path)
     manifest["files"]["../../outside"] = manifest["files"].pop(SHARD)
     del manifest["digest"]
-    rundir.write_json(path, {**manifest, "digest": rundir.digest_json(manifest)})
+    rundir.write_json(path, {**manifest, "digest": sealing.digest_json(manifest)})
     shutil.move(run.checkpoint(2) / SHARD, run.root / "outside")
 
 
@@ -367,7 +367,7 @@ def test_a_directory_that_cannot_be_listed_is_told_like_a_file(tmp_path: Path, m
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(root))
 
     with monkeypatch.context() as patched:
-        patched.setattr(rundir, "files_under", files_under)
+        patched.setattr(sealing, "files_under", files_under)
         outcome = committer.settle(committer.save(1, files(1, 0), {"world_size": 1}), Alone())
     assert f"{run.checkpoints}/.attempt-0001.1: Input/output error (" in outcome.error and "MiB needed" in outcome.error
     assert not committer.settle(committer.save(2, files(2, 0), {"world_size": 1}), Alone()).error

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher import facts, recipe_file, rundir
+from launcher import facts, recipe_file, rundir, sealing
 from launcher.recipe import Recipe
 from tests.conftest import RECIPE
 
@@ -29,7 +29,7 @@ def seal(target: Path, content: str) -> None:
     staged = target.with_name(".staged")
     staged.mkdir()
     (staged / "shard").write_text(content)
-    rundir.seal(staged, target, {})
+    sealing.seal(staged, target, {})
 
 
 def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:

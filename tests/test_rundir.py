@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from launcher import cause, lock, report, rundir
+from launcher import cause, lock, report, rundir, sealing
 from launcher.errors import DataError, ExitCode, SpeechctlError, StorageError, UsageError
 from launcher.lock import RunLock
 from launcher.node import Files
@@ -165,7 +165,7 @@ def test_a_seal_on_a_full_disk_publishes_nothing(small_disk: Path) -> None:
     for n in range(15):  # 60 of 64 KiB: the manifest does not fit any more
         (staged / f"{n:02d}").write_bytes(bytes(4000))
     with pytest.raises(StorageError, match="No space left"):
-        rundir.seal(staged, small_disk / "step-00000001", {"text": "x" * 10_000})
+        sealing.seal(staged, small_disk / "step-00000001", {"text": "x" * 10_000})
     assert os.listdir(small_disk) == [".staged"]
     assert MANIFEST not in os.listdir(staged)
 
@@ -237,13 +237,13 @@ def stage(root: Path, **files: bytes) -> Path:
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Path:
-    rundir.seal(stage(tmp_path / ".staged", a=b"abc" * 100, deep__b=b"", c=b"x"), tmp_path / "sealed", {"step": 7})
+    sealing.seal(stage(tmp_path / ".staged", a=b"abc" * 100, deep__b=b"", c=b"x"), tmp_path / "sealed", {"step": 7})
     assert os.listdir(tmp_path) == ["sealed"]
     return tmp_path / "sealed"
 
 
 def test_a_seal_says_what_it_holds(sealed: Path) -> None:
-    manifest = rundir.verify(sealed)
+    manifest = sealing.verify(sealed)
     assert manifest["step"] == 7
     assert sorted(manifest["files"]) == ["a", "c", "deep/b"]
     assert manifest["files"]["deep/b"] == {"bytes": 0, "xxh3_128": "99aa06d3014798d86001c324468d497f"}  # of no bytes
@@ -274,18 +274,18 @@ def edit(root: Path) -> None:
     ],
 )
 def test_damage_is_found_and_named(sealed: Path, damage: Any, complaint: str) -> None:
-    rundir.verify(sealed)
+    sealing.verify(sealed)
     damage(sealed)
     with pytest.raises(DataError) as caught:
-        rundir.verify(sealed)
+        sealing.verify(sealed)
     assert complaint in caught.value.message
 
 
 def test_shares_of_a_verification_make_the_whole(sealed: Path) -> None:
     flip(sealed)  # file 0 of 3
-    rundir.verify(sealed, slice(1, None, 2))
+    sealing.verify(sealed, slice(1, None, 2))
     with pytest.raises(DataError, match="/a has changed"):
-        rundir.verify(sealed, slice(0, None, 2))
+        sealing.verify(sealed, slice(0, None, 2))
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
@@ -296,16 +296,16 @@ def test_a_seal_refuses_a_target_that_is_there(tmp_path: Path, kind: str) -> Non
     else:
         target.write_bytes(b"old")
     with pytest.raises(UsageError, match="exists already"):
-        rundir.seal(staged, target, {})
+        sealing.seal(staged, target, {})
     assert (staged / "a").read_bytes() == b"new"
     assert (target / "a" if kind == "directory" else target).read_bytes() == b"old"
 
 
 def test_a_seal_takes_the_digests_of_whoever_wrote_the_files(tmp_path: Path) -> None:
     staged = stage(tmp_path / ".staged", a=b"abc")
-    rundir.seal(staged, tmp_path / "sealed", {}, files={"a": {"bytes": 3, "xxh3_128": "0" * 32}})
+    sealing.seal(staged, tmp_path / "sealed", {}, files={"a": {"bytes": 3, "xxh3_128": "0" * 32}})
     with pytest.raises(DataError, match="/a has changed"):
-        rundir.verify(tmp_path / "sealed")
+        sealing.verify(tmp_path / "sealed")
 
 
 # The run --------------------------------------------------------------------------------------------------------------

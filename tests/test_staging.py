@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import rundir, staging
+from launcher import rundir, sealing, staging
 from launcher.errors import StorageError, UsageError
 from tests.conftest import count, seed
 from tests.disks import mounted
@@ -29,7 +29,7 @@ def make(target: Path) -> None:
         (folder / "weights").write_bytes(b"w" * 50_000)
         (folder / "deep").mkdir()
         (folder / "deep" / "config").write_text("{}")
-        rundir.seal(folder, target, {"format": "test"})
+        sealing.seal(folder, target, {"format": "test"})
 
 
 def making(target: Path, *options: str) -> int:
@@ -63,12 +63,12 @@ def test_killed_at_any_call_it_is_whole_or_absent_and_the_next_one_cleans_up(tmp
         assert code in (-signal.SIGKILL, 0), (name, k)
         there[target.exists()] += 1
         if target.exists():
-            assert rundir.verify(target)["format"] == "test"
+            assert sealing.verify(target)["format"] == "test"
             with pytest.raises(UsageError, match="exists already"):
                 make(target)
         else:
             make(target)
-        rundir.verify(target)
+        sealing.verify(target)
         assert left(target.parent) == ["x"], (name, k)
     assert there[False]
     count("kills of a process that seals a directory", sum(there.values()))
@@ -102,7 +102,7 @@ def test_one_at_a_time_and_a_killed_one_is_in_nobodys_way(tmp_path: Path) -> Non
 
 def test_what_is_sealed_meanwhile_by_somebody_else_stays(tmp_path: Path) -> None:
     with staging.staged(tmp_path / "x") as folder:
-        rundir.seal(folder, tmp_path / "x", {})
+        sealing.seal(folder, tmp_path / "x", {})
         folder.mkdir()  # the next one has come
     assert left(tmp_path) == [".x.partial", "x"]
 
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_nothing_and_says_what_was_needed(tmp_path: Path) -> 
             assert left(disk) == ["ballast"]
         (disk / "ballast").unlink()
         make(disk / "x")
-        rundir.verify(disk / "x")
+        sealing.verify(disk / "x")
 
 
 def test_what_a_library_made_of_an_error_is_understood(tmp_path: Path) -> None:

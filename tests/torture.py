@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from launcher import rundir
+from launcher import rundir, sealing
 from tests.faults.table import TABLE, Cell
 
 ROOT = Path(__file__).parent.parent
@@ -236,9 +236,9 @@ def _end_with_us() -> None:
 
 
 def digest_of_the_code() -> str:
-    files = [p for name in ("launcher", "tests", "recipes") for p in rundir.files_under(ROOT / name)]
+    files = [p for name in ("launcher", "tests", "recipes") for p in sealing.files_under(ROOT / name)]
     files = [p for p in files if "__pycache__" not in p.parts]
-    return rundir.digest_json({str(p.relative_to(ROOT)): rundir.digest_file(p) for p in files})
+    return sealing.digest_json({str(p.relative_to(ROOT)): sealing.digest_file(p) for p in files})
 
 
 def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS, folder: Path | None = None) -> int:

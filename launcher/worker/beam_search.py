@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher import rundir
+from launcher import sealing
 from launcher.errors import DataError, NotFoundError, PreflightError, UsageError
 from launcher.worker import shims
 from launcher.worker.backbone import CtcModel, SpeechModel
@@ -37,7 +37,7 @@ class Options:
     """Added for each word; above zero it favours more of them."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "lm": str(self.lm), "lm_digest": rundir.digest_file(self.lm)["xxh3_128"]}
+        return {**vars(self), "lm": str(self.lm), "lm_digest": sealing.digest_file(self.lm)["xxh3_128"]}
 
     def __str__(self) -> str:
         return f"beam {self.beam}, {self.lm.name}, lm weight {self.lm_weight:g}, word score {self.word_score:g}"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher import bundle_cache, rundir, staging
+from launcher import bundle_cache, sealing, staging
 from launcher.errors import DataError, UsageError
 from launcher.worker import shims
 from launcher.worker.vocabulary import LETTERS
@@ -69,7 +69,7 @@ def fetch(source: str, revision: str | None) -> Path:
     """
     described, target = bundle(source), bundle_cache.folder(source, revision)
     if target.is_dir():
-        rundir.verify(target)
+        sealing.verify(target)
         return target
     url = described._path if described._path.startswith("https") else SERVER + described._path
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
@@ -119,7 +119,7 @@ def convert(file: Path, source: str, revision: str | None, target: Path) -> None
         extractor = Wav2Vec2FeatureExtractor(do_normalize=described._normalize_waveform, return_attention_mask=layer)
         extractor.save_pretrained(folder)
         facts = {"format": "speechctl.backbone/1", "source": {"bundle": source, "sha256": seen}}
-        rundir.seal(folder, target, facts)
+        sealing.seal(folder, target, facts)
 
 
 def config(parameters: dict[str, Any], kind: str) -> Any:
@@ -192,5 +192,5 @@ def opened(source: str, revision: str | None, kind: str) -> Path:
             f"{source} is not at {target}" + ("" if revision else ", for want of backbone.revision"),
             hint="fetch it with `speechctl prepare RECIPE --fix`; it says the revision where the recipe has none",
         )
-    rundir.verify(target)
+    sealing.verify(target)
     return Path(os.path.abspath(target))

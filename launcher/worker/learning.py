@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from launcher import rundir
+from launcher import sealing
 from launcher.errors import UsageError
 from launcher.recipe import Recipe
 from launcher.recipe_optimization import Freeze, Lora
@@ -52,7 +52,7 @@ def identity(recipe: Recipe, vocabulary: str) -> str:
         value["layer_decay"] = True
     if recipe.optimizer.ema is not None:
         value["ema"] = True
-    return rundir.digest_json([recipe.backbone.model_dump(), vocabulary, *([value] if value else [])])
+    return sealing.digest_json([recipe.backbone.model_dump(), vocabulary, *([value] if value else [])])
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

@@ -30,19 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import DataError, HostError, UsageError
-from launcher.rundir import (
-    MANIFEST,
-    digest_file,
-    digest_json,
-    manifest_of,
-    read_json,
-    seal,
-    storage_errors,
-    sync_dir,
-    sync_file,
-    write_bytes,
-    write_json,
-)
+from launcher.rundir import MANIFEST, read_json, storage_errors, sync_dir, sync_file, write_bytes, write_json
+from launcher.sealing import digest_file, digest_json, manifest_of, seal
 from launcher.worker.librispeech import SAMPLE_RATE_HZ, Utterance, read_subset
 from launcher.worker.pack_reader import COLUMNS, FORMAT, LENGTHS, MAKE, SIDE_FILES, checked_manifest
 from launcher.worker.vocabulary import min_ctc_frames

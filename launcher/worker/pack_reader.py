@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import DataError
-from launcher.rundir import MANIFEST, damage, manifest_of, read_json, sync_dir, sync_file, verify
+from launcher.rundir import MANIFEST, read_json, sync_dir, sync_file
+from launcher.sealing import damage, manifest_of, verify
 from launcher.worker.shard_cache import ShardCache, fetch
 
 FORMAT = "speechctl.pack/1"

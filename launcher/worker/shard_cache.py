@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from launcher import rundir, shard_folder
+from launcher import sealing, shard_folder
 from launcher.errors import DataError, InfrastructureError, SpeechctlError, UsageError
 from launcher.rundir import storage_errors
 
@@ -73,7 +73,7 @@ class ShardCache:
             aside.unlink(missing_ok=True)
             fetch(f"{self.remote}/{name}", aside, again=attempt + 1 < TRIES)
             if aside.exists():
-                found = rundir.digest_file(aside)
+                found = sealing.digest_file(aside)
                 if found == self.files[name]:
                     aside.rename(target)
                     return

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher import marks, redact, rundir, sealed
+from launcher import marks, redact, rundir, sealed, sealing
 from launcher.errors import DataError, SpeechctlError
 from launcher.recipe import Evaluate
 from launcher.recipe_launch import Deadlines
@@ -98,7 +98,7 @@ class Sidecar:
 
     def _published(self, step: int) -> dict[str, Any] | None:
         """The result for this very checkpoint, where there is one."""
-        digest = rundir.manifest_of(self.attempt.run.checkpoint(step))["digest"]
+        digest = sealing.manifest_of(self.attempt.run.checkpoint(step))["digest"]
         try:
             result = rundir.read_json(self.attempt.run.evaluation(step))
         except DataError:

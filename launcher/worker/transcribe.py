@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from launcher import rundir
+from launcher import rundir, sealing
 from launcher.errors import DataError, UsageError, printable
 from launcher.worker import captions, sound
 from launcher.worker.captions import Transcript
@@ -29,7 +29,7 @@ def transcribe(options: argparse.Namespace) -> int:
     formats = list(dict.fromkeys(options.format or ["txt"]))
     places = check(files, formats, options.output)
     if options.model.is_dir() and (options.model / "speechctl.json").is_file():
-        rundir.verify(options.model)
+        sealing.verify(options.model)
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # of libraries: stdout is for what was heard
         from launcher.worker.models import load_export

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from launcher import recipe_file, rundir, staging
+from launcher import recipe_file, rundir, sealing, staging
 from launcher.errors import DataError, UsageError
 from launcher.recipe import Recipe
 from launcher.rundir import Run
@@ -198,7 +198,7 @@ def sidecar(options: argparse.Namespace) -> int:
     assert rows is not None
     mark("score")
     facts = {"lasted_s": round(time.monotonic() - began, 3)}
-    facts["checkpoint"] = rundir.manifest_of(run.checkpoint(step))["digest"]
+    facts["checkpoint"] = sealing.manifest_of(run.checkpoint(step))["digest"]
     result = evaluator.publish(run.evaluation(step), step, rows, attempt.number, blocked_s=0.0, **facts)
     say(f"step {step}: WER {result['wer']:.2%}")
     return 0
@@ -228,7 +228,7 @@ def reshard(options: argparse.Namespace) -> int:
     say(f"reading step {options.step} as {world_size} ranks would")
     model = restored(run, options.step, recipe.backbone, recipe.seed, merged=False)
     learning.freeze_for_ever(model, recipe.freeze)
-    manifest = rundir.manifest_of(folder)
+    manifest = sealing.manifest_of(folder)
     identity, progress = manifest["identity"], Progress.from_json(manifest["progress"])
     if identity["zero_stage"] in ("1", "2", "3"):
         shards = Shards(folder / "deepspeed", int(identity["zero_stage"]), identity["world_size"])
@@ -273,6 +273,6 @@ def export(options: argparse.Namespace) -> int:
     with staging.staged(options.target, need) as folder:
         write_export(model, folder)
         source = source_of(run, options.step, ema=options.ema)
-        rundir.seal(folder, options.target, {"format": "speechctl.export/1", "source": source})
+        sealing.seal(folder, options.target, {"format": "speechctl.export/1", "source": source})
     print(options.target)
     return 0

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher import recipe as schema
-from launcher import recipe_file, rundir, staging
+from launcher import recipe_file, sealing, staging
 from launcher.errors import UsageError
 from launcher.rundir import Run
 from launcher.worker.data import Utterances
@@ -44,7 +44,7 @@ def of_recipe(recipe: schema.Recipe) -> Vocabulary:
 def of_run(run: Run) -> Vocabulary:
     """The vocabulary of a run: its own copy, or else that of its recipe."""
     if run.vocabulary.is_dir():
-        rundir.verify(run.vocabulary)
+        sealing.verify(run.vocabulary)
         return load(run.vocabulary)
     return of_recipe(recipe_file.load(run.resolved))
 
@@ -55,7 +55,7 @@ def keep(vocabulary: Vocabulary, run: Run) -> None:
         return
     with staging.staged(run.vocabulary) as folder:
         vocabulary.save(folder)
-        rundir.seal(folder, run.vocabulary, {"format": "speechctl.vocabulary/1", "vocabulary": vocabulary.digest})
+        sealing.seal(folder, run.vocabulary, {"format": "speechctl.vocabulary/1", "vocabulary": vocabulary.digest})
 
 
 def ctc_frames(recipe: schema.Recipe, of_packs: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -76,7 +76,7 @@ def _sealed(recipe: schema.Recipe) -> Path:
     asked: Any = recipe.backbone.vocabulary  # type: ignore[union-attr]
     utterances = Utterances.of(recipe, recipe.data.train)
     source = {"asked": asked.model_dump(), "packs": utterances.digest}
-    target = recipe.data.packs / f"vocabulary-{asked.kind}-{rundir.digest_json(source)[:12]}"
+    target = recipe.data.packs / f"vocabulary-{asked.kind}-{sealing.digest_json(source)[:12]}"
     while not target.is_dir():
         try:
             with staging.staged(target) as folder:
@@ -87,10 +87,10 @@ def _sealed(recipe: schema.Recipe) -> Path:
                 made.save(folder)
                 np.save(folder / _FRAMES, np.array([made.min_frames(text) for text in texts], dtype=np.int32))
                 facts = {"format": "speechctl.vocabulary/1", "source": source, "vocabulary": made.digest}
-                rundir.seal(folder, target, facts)
+                sealing.seal(folder, target, facts)
         except staging.Busy:
             time.sleep(0.2)  # a rank beside this one was first
-    rundir.verify(target)
+    sealing.verify(target)
     return target
 
 

@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from launcher import rundir
+from launcher import rundir, sealing
 from launcher.errors import DataError
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
@@ -64,7 +64,7 @@ class Vocabulary(ABC):
 
     @property
     def digest(self) -> str:
-        return rundir.digest_json({"kind": self.kind, "case": self.case, "tokens": self.tokens})
+        return sealing.digest_json({"kind": self.kind, "case": self.case, "tokens": self.tokens})
 
     def save(self, folder: Path) -> None:
         """Write what `load` reads."""
@@ -147,7 +147,7 @@ class Pieces(Vocabulary):
     def digest(self) -> str:
         import xxhash
 
-        return rundir.digest_json([super().digest, xxhash.xxh3_128_hexdigest(self.model)])
+        return sealing.digest_json([super().digest, xxhash.xxh3_128_hexdigest(self.model)])
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from launcher import recipe as schema
-from launcher import recipe_file, rundir, sealed
+from launcher import recipe_file, sealed, sealing
 from launcher.errors import DataError, UsageError
 from launcher.rundir import Run
 from launcher.worker import learning, vocabularies
@@ -63,7 +63,7 @@ def ema_of(run: Run, step: int, model: SpeechModel) -> dict[str, torch.Tensor]:
             hint="a run whose recipe has optimizer.ema does; --average last:5 is the mean of its last checkpoints",
         )
     weights = weights_of(run, step)
-    folder, identity = run.checkpoint(step), rundir.manifest_of(run.checkpoint(step))["identity"]
+    folder, identity = run.checkpoint(step), sealing.manifest_of(run.checkpoint(step))["identity"]
     stage = identity["zero_stage"]
     parameters = dict(model.named_parameters())
     if stage in ("1", "2", "3"):
@@ -116,7 +116,7 @@ def average_of(run: Run, steps: Sequence[int]) -> dict[str, torch.Tensor]:
 def source_of(run: Run, steps: Sequence[int], *, ema: bool = False) -> dict[str, Any]:
     """Which checkpoints weights were taken from, for the record: the newest, and all where there are several; and which
     weights: `trained`, their moving average `ema`, or the `average` of several checkpoints."""
-    digests = {step: str(rundir.manifest_of(run.checkpoint(step))["digest"]) for step in sorted(steps)}
+    digests = {step: str(sealing.manifest_of(run.checkpoint(step))["digest"]) for step in sorted(steps)}
     newest = max(steps)
     weights = EMA if ema else "trained" if len(steps) == 1 else "average"
     source: dict[str, Any] = {"run": str(run.root), "step": newest, "checkpoint": digests[newest], "weights": weights}

@@ -21,7 +21,7 @@ from urllib.parse import quote, quote_plus
 
 import psutil
 
-from launcher import rundir
+from launcher import rundir, sealing
 from launcher.errors import DataError, ExitCode
 from launcher.marks import mark
 from launcher.rundir import Attempt
@@ -175,7 +175,7 @@ class Training:
             staged = self.run.checkpoints / f".attempt-{self.attempt.number:04d}"
             staged.mkdir()
             (staged / "weights").write_bytes(b"none")
-            rundir.seal(staged, self.run.checkpoint(self.step), {"progress": {"step": self.step}})
+            sealing.seal(staged, self.run.checkpoint(self.step), {"progress": {"step": self.step}})
             self.event("sealed", step=self.step, blocked_s=0.0)
 
     def event(self, event: str, **facts: object) -> None:

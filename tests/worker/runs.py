@@ -15,7 +15,8 @@ from typing import Any
 
 import xxhash
 
-from launcher.rundir import Attempt, Run, files_under, read_lines
+from launcher.rundir import Attempt, Run, read_lines
+from launcher.sealing import files_under
 
 SPEECHCTL = [sys.executable, "-m", "launcher.cli"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher import recipe_file, rundir, sealed
+from launcher import recipe_file, sealed, sealing
 from launcher.committer import Committer, File
 from launcher.errors import DataError
 from launcher.retention import Rules
@@ -105,8 +105,8 @@ def test_an_export_of_an_average(run: Run, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(weights, "weights_of", watched)
     assert export(run, tmp_path / "x") == 0
     assert removed == [False] * 9
-    digests = [rundir.manifest_of(run.checkpoint(step))["digest"] for step in STEPS]
-    assert rundir.verify(tmp_path / "x")["source"] == {
+    digests = [sealing.manifest_of(run.checkpoint(step))["digest"] for step in STEPS]
+    assert sealing.verify(tmp_path / "x")["source"] == {
         "run": str(run.root),
         "step": 9,
         "checkpoint": digests[-1],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher import retention, rundir, sealed
+from launcher import retention, rundir, sealed, sealing
 from launcher.committer import File, Sink
 from launcher.errors import DataError, StorageError, UsageError
 from launcher.recipe import Checkpoint
@@ -249,7 +249,7 @@ def test_a_failed_save_leaves_nothing_and_the_third_in_a_row_ends_the_run(attemp
     assert attempt.run.sealed_steps() == [3]
 
 
-@pytest.mark.parametrize(("where", "name"), [(rundir, "read_json"), (rundir, "digest_file")])
+@pytest.mark.parametrize(("where", "name"), [(rundir, "read_json"), (sealing, "digest_file")])
 def test_what_cannot_be_read_is_not_put_aside(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch, where: object, name: str
 ) -> None:

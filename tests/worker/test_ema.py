@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from launcher import recipe as schema
-from launcher import recipe_file, rundir
+from launcher import recipe_file, rundir, sealing
 from launcher.errors import UsageError
 from launcher.rundir import Run, read_json, read_lines
 from launcher.worker import adamw, learning, verbs
@@ -348,7 +348,7 @@ def test_an_export_has_the_average(whole: dict[str, Run], way: str, tmp_path: Pa
     step = 1  # soon it would hear nothing at all
     options = {"run": run.root, "step": [step], "ema": True, "target": tmp_path / "x"}
     assert verbs.export(argparse.Namespace(**options)) == 0
-    assert rundir.verify(tmp_path / "x")["source"]["weights"] == "ema"
+    assert sealing.verify(tmp_path / "x")["source"]["weights"] == "ema"
     exported, reference = load_export(tmp_path / "x"), as_trained(run).eval()
     reference.load_state_dict(ema_of(run, step, reference))
     for name, tensor in reference.state_dict().items():

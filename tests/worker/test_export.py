@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import recipe_file, rundir, sealed, staging
+from launcher import recipe_file, sealed, sealing, staging
 from launcher.committer import Committer, File
 from launcher.errors import ExitCode
 from launcher.retention import Rules
@@ -110,11 +110,11 @@ def test_killed_at_any_moment_it_is_whole_or_absent(
         assert int(code) == (0 if fine else -signal.SIGKILL), (when, done.stderr[-3000:])
         assert target.exists() == (fine or when == "after the rename"), when
         if target.exists():
-            manifest = rundir.verify(target)
+            manifest = sealing.verify(target)
             assert manifest["source"] == {
                 "run": str(run.root),
                 "step": 3,
-                "checkpoint": rundir.manifest_of(run.checkpoint(3))["digest"],
+                "checkpoint": sealing.manifest_of(run.checkpoint(3))["digest"],
                 "weights": "trained",
             }
     assert "leased" in done.stderr and "removed" not in done.stderr

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher import recipe_file, rundir, shard_folder
+from launcher import recipe_file, sealing, shard_folder
 from launcher.errors import DataError, InfrastructureError, SpeechctlError, StorageError, UsageError
 from launcher.recipe import Recipe
 from launcher.rundir import Run
@@ -230,7 +230,7 @@ def remote(packed: Path, tmp_path: Path) -> Path:
 
 
 def cache_of(remote: Path, folder: Path, url: str | None = None) -> ShardCache:
-    return ShardCache(url or str(remote), folder, rundir.manifest_of(remote)["files"])
+    return ShardCache(url or str(remote), folder, sealing.manifest_of(remote)["files"])
 
 
 FETCHER = """\

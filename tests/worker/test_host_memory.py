@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher import rundir
+from launcher import sealing
 from launcher.committer import File, Sink, write_hashed
 from launcher.recipe import Checkpoint
 from launcher.rundir import Attempt, Run
@@ -215,5 +215,5 @@ def test_a_full_disk_is_named(attempt: Attempt) -> None:
 def test_what_torch_writes_is_hashed_as_it_lies_there(attempt: Attempt) -> None:
     path = attempt.run.root / "x.pt"
     file = HostMemory(copies=True).file("x.pt", state_of(torch.arange(100_000.0)))
-    assert write_hashed(path, file.write) == rundir.digest_file(path)
+    assert write_hashed(path, file.write) == sealing.digest_file(path)
     assert torch.load(path, weights_only=False)["model"]["b"].tolist() == [6, 7]

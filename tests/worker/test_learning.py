@@ -17,7 +17,7 @@ import pytest
 import torch
 import xxhash
 
-from launcher import audit, recipe_file, report, rundir
+from launcher import audit, recipe_file, report, rundir, sealing
 from launcher import recipe as schema
 from launcher.errors import UsageError
 from launcher.rundir import Run, read_json, read_lines
@@ -264,7 +264,7 @@ def test_a_nan_on_one_rank_is_left_out_by_all(stories: dict[str, tuple[Run, Run]
             ledger = {r["step"]: r["ids"] for a in run.attempts() for r in read_lines(a.ledger(1))}
             assert event["utterances"]["1"][0] in ledger[event["step"]]
             assert event["utterances"]["1"][0] in event["message"]
-        progress = [rundir.manifest_of(run.checkpoint(step))["progress"] for step in (4, 8)]
+        progress = [sealing.manifest_of(run.checkpoint(step))["progress"] for step in (4, 8)]
         assert [(p["left_out"], p["left_out_in_row"]) for p in progress] == [(2, 2), (2, 0)]
     assert changed(whole, 2, 4) == set()
     assert all(bool(w.isfinite().all()) for w in weights_of(whole, 4).values())
@@ -356,7 +356,7 @@ def test_parts_that_a_model_has_not_are_refused(changes: dict[str, Any], said: s
 def test_what_decides_the_weights_is_in_the_identity() -> None:
     """And nothing else: a part that is frozen for some steps, or another rate, may change at a resume."""
     plain = learning.identity(recipe(), "letters")
-    before = rundir.digest_json([recipe().backbone.model_dump(), "letters"])
+    before = sealing.digest_json([recipe().backbone.model_dump(), "letters"])
     assert plain == before, "checkpoints of before would be refused"
     for other in ({"lora": {"rank": 4}}, {"freeze": [{"parts": ["head"]}]}, {"optimizer": LAYER_DECAY}):
         assert learning.identity(recipe(**other), "letters") != plain

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from launcher.errors import DataError, SpeechctlError, UsageError
-from launcher.rundir import MANIFEST, digest_file, digest_json
+from launcher.rundir import MANIFEST
+from launcher.sealing import digest_file, digest_json
 from launcher.worker import pack
 from launcher.worker.librispeech import read_subset
 from launcher.worker.pack_reader import SIDE_FILES, lengths_of, open_pack

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.rundir import MANIFEST, Run, files_under
+from launcher.rundir import MANIFEST, Run
+from launcher.sealing import files_under
 from tests.conftest import count, seed
 from tests.disks import mounted, only_root
 from tests.test_commit_kills import points

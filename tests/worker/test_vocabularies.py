@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from launcher import recipe as schema
-from launcher import recipe_file, rundir
+from launcher import recipe_file, sealing
 from launcher.errors import DataError, UsageError
 from launcher.rundir import Run
 from launcher.worker import vocabularies
@@ -93,7 +93,7 @@ def test_it_is_learned_once_by_whoever_comes_first(recipe: schema.Recipe) -> Non
         made = list(pool.map(lambda _: vocabularies.of_recipe(recipe), range(3)))
     assert len({v.digest for v in made}) == 1
     (folder,) = recipe.data.packs.glob("vocabulary-*")
-    assert rundir.verify(folder)["vocabulary"] == made[0].digest
+    assert sealing.verify(folder)["vocabulary"] == made[0].digest
     utterances = Utterances.of(recipe, ["train-clean-100"])
     frames = vocabularies.ctc_frames(recipe, utterances.lengths["ctc_frames"])
     assert frames.tolist() == [made[0].min_frames(utterances.row(i)["text"]) for i in range(len(utterances))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher import recipe as schema
-from launcher import rundir
+from launcher import sealing
 from launcher.worker import __main__ as worker
 from launcher.worker import vocabulary
 from launcher.worker.backbone import CtcModel, IntArray, SpeechModel
@@ -30,7 +30,7 @@ def exported(model: SpeechModel, folder: Path) -> Path:
     staged = folder.with_name(f"{folder.name}.staged")
     staged.mkdir()
     write_export(model, staged)
-    rundir.seal(staged, folder, {"format": "speechctl.export/1"})
+    sealing.seal(staged, folder, {"format": "speechctl.export/1"})
     return folder
 
 
