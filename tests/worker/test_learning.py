@@ -19,7 +19,7 @@ import xxhash
 
 from launcher import audit, recipe_file, report, rundir
 from launcher import recipe as schema
-from launcher.errors import UsageError
+from launcher.errors import TrainingError, UsageError
 from launcher.rundir import Run, read_json, read_lines
 from launcher.worker import learning, verbs
 from launcher.worker.learning import part_of
@@ -40,6 +40,8 @@ UNFROZEN, FROZEN_AGAIN = 6, 10
 """When the layers begin to learn, and when the head no longer does."""
 BAD = (3, 4)
 """Steps at which rank 1 gets a NaN."""
+UNSOUND = 7
+"""Behind which of its steps rank 1 has a weight for a moment that is infinite."""
 CUT = 5
 """Where the run is cut in two: behind the NaN, while the layers are frozen."""
 
@@ -179,8 +181,9 @@ STORY: dict[str, Any] = {
 
 
 def nan_on_rank_1(training: Any) -> None:
-    """The first utterance of a micro-batch is not a number, in two steps in a row. Rank 0 writes down what its share
-    of every part of the model is after each step."""
+    """The first utterance of a micro-batch is not a number, in two steps in a row; and behind another step a weight of
+    its share is infinite while all try to save. Rank 0 writes down what its share of every part of the model is after
+    each step."""
     whole = training.engine.backward
     one_step = training.one_step
 
@@ -192,6 +195,8 @@ def nan_on_rank_1(training: Any) -> None:
 
     def recorded(*arguments: Any) -> bool:
         stop: bool = one_step(*arguments)
+        if training.progress.step == UNSOUND:
+            refused_to_save(training)
         if training.ranks.rank == 0:
             shares: dict[str, Any] = {}
             for part, weights in zip(part_of(training.engine.model).values(), training.engine.kept(), strict=True):
@@ -202,6 +207,19 @@ def nan_on_rank_1(training: Any) -> None:
 
     training.engine.backward = backward
     training.one_step = recorded
+
+
+def refused_to_save(training: Any) -> None:
+    """Try to save with an infinite weight on rank 1, and write down what all ranks said to it."""
+    weight = next(w for w in reversed(training.engine.kept()) if w.numel()).view(-1)[-1:]
+    before = weight.clone()
+    if training.ranks.rank == 1:
+        weight.fill_(math.inf)
+    try:
+        training.save()
+    except TrainingError as error:
+        (training.run.root / f"refused-{training.ranks.rank}").write_text(f"{error.message}\n{error.hint}")
+    weight.copy_(before)
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +288,20 @@ def test_a_nan_on_one_rank_is_left_out_by_all(stories: dict[str, tuple[Run, Run]
     assert all(bool(w.isfinite().all()) for w in weights_of(whole, 4).values())
     assert changed(whole, 4, 5) == {"head"}
     assert read_json(whole.attempts()[0].exit) == {"code": 0, "step": STEPS, "sealed_step": STEPS}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_that_are_not_finite_are_not_saved(stories: dict[str, tuple[Run, Run]], stage: str) -> None:
+    """By no rank, where one of them has one, and every rank says so."""
+    for run in stories[stage]:
+        assert UNSOUND not in [
+            e["step"] for a in run.attempts() for kind in ("saving", "sealed") for e in events(a, kind)
+        ]
+        for rank in (0, 1):
+            said, hint = (run.root / f"refused-{rank}").read_text().splitlines()
+            assert said == f"step {UNSOUND}: the weights are not finite, and are not saved"
+            assert "the newest checkpoint is sound" in hint
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------
