@@ -172,8 +172,15 @@ def check(recipe: Recipe, machines: Sequence[Host], gpus: int) -> None:
     """Refuse what would fail minutes later on this machine.
 
     Raises:
-        PreflightError: more ranks than GPUs, or a package that the recipe needs is not installed.
+        PreflightError: more ranks than GPUs, a precision that processors do not compute in, or a package that the
+            recipe needs is not installed.
     """
+    local_cpu = recipe.launch.backend == "local" and not gpus
+    if recipe.precision == "fp16" and (local_cpu or recipe.launch.device == "cpu"):
+        why = "launch.device is cpu" if recipe.launch.device == "cpu" else "this machine shows none"
+        raise PreflightError(
+            f"precision fp16 needs NVIDIA GPUs, and {why}", hint="--set precision=bf16, or --set precision=fp32"
+        )
     slots = max(h.slots for h in machines)
     if gpus and slots > gpus:
         there = "a node of launch.slurm.gres has" if recipe.launch.backend == "slurm" else "this machine shows"

@@ -14,7 +14,9 @@ from launcher.hosts import Host
 from launcher.prepare.checks import COLUMNS, Verdict, odd_ones
 from launcher.prepare.findings import AllReduce, Findings, Needs, Seen
 from launcher.prepare.judge import judge
+from launcher.prepare.look import packs_to_read
 from launcher.prepare.run import Result
+from launcher.recipe import Data
 
 GIB = 2**30
 NEEDS = Needs(
@@ -340,6 +342,21 @@ def test_of_two_that_differ_the_one_that_is_unlike_this_machine_is_odd() -> None
     assert odd_ones({"a": 1, "b": 2}) == (1, ["b"])
     assert odd_ones({"a": 1, "b": 2}, 2) == (2, ["a"])
     assert odd_ones({"a": 1, "b": 2, "c": 2}, 1) == (2, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("remote", "looked_at"),
+    [
+        (None, "/here/packs/dev-clean"),
+        ("/mnt/packs", "/mnt/packs/dev-clean"),
+        ("file:///mnt/all%20packs", "/mnt/all packs/dev-clean"),
+        ("s3://bucket/packs", None),
+    ],
+)
+def test_packs_are_looked_at_where_the_hosts_read_them(remote: str | None, looked_at: str | None) -> None:
+    """Those behind `data.remote` were not looked at, though it was a directory that some host had not mounted."""
+    data = Data.model_validate({"corpus": "c", "packs": "/here/packs", "train": ["dev-clean"], "remote": remote})
+    assert packs_to_read(data, data.train) == (() if looked_at is None else (looked_at,))
 
 
 def test_a_pack_that_is_nowhere_yet_is_no_fault_of_a_host() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher import plan, recipe_file
+from launcher import environment, plan, recipe_file
+from launcher.errors import PreflightError
 from launcher.hosts import Host
 from launcher.recipe import Recipe
 from launcher.recipe_file import RecipeError
@@ -103,6 +104,23 @@ def test_a_plan_of_before_there_was_offloading_can_be_read() -> None:
     made = plan.make(recipe(), [Host("localhost", 2)], facts(4)).to_json()
     del made["host_bytes_per_rank"]
     assert plan.Plan.from_json(made).host_bytes_per_rank == 0
+
+
+def test_fp16_without_a_gpu_is_refused_before_anything_starts() -> None:
+    """A rank said so, after every rank had imported all it needs and built its model. What a hostfile's hosts and the
+    nodes of a job have is known there alone, and the ranks say it."""
+    asked, here = recipe(precision="fp16", launch={"backend": "local", "processes": 2}), [Host("localhost", 2)]
+    with pytest.raises(
+        PreflightError, match="precision fp16 needs NVIDIA GPUs, and this machine shows none"
+    ) as refused:
+        environment.check(asked, here, gpus=0)
+    assert "bf16" in refused.value.hint
+    environment.check(asked, here, gpus=2)
+    elsewhere: list[dict[str, object]] = [{"backend": "slurm", "nodes": 1}, {"backend": "ssh", "hostfile": "hosts.txt"}]
+    for more in elsewhere:
+        environment.check(recipe(precision="fp16", launch=more), here, gpus=0)
+        with pytest.raises(PreflightError, match="device is cpu"):
+            environment.check(recipe(precision="fp16", launch={**more, "device": "cpu"}), here, gpus=0)
 
 
 def test_fp16_scales_the_loss() -> None:

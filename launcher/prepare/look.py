@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 from launcher import bundle_cache, environment, jobs, lock
 from launcher.backends import slurm, ssh
@@ -20,7 +21,7 @@ from launcher.node import WORKER
 from launcher.prepare.findings import AllReduce, Findings, Needs, Seen
 from launcher.prepare.session import Session, Silent, Unanswered, here_argv
 from launcher.probe.facts import FACTS
-from launcher.recipe import Recipe, TinyCtc
+from launcher.recipe import Data, Recipe, TinyCtc
 from launcher.rundir import Run
 
 LOGIN_S = 11.5
@@ -30,6 +31,19 @@ FIRST_S, SECOND_S = 14.0, 5.0
 FACTS_S = 5.0
 ALL_REDUCE_S = 90.0
 """Importing torch from a cold network file system takes most of it."""
+
+
+def packs_to_read(data: Data, subsets: Sequence[str]) -> tuple[str, ...]:
+    """The directories of packs whose shards these hosts read; none where that is from a URL of another machine."""
+    remote = data.remote
+    if remote is None:
+        return tuple(os.path.abspath(data.packs / subset) for subset in subsets)
+    if not remote.startswith("/"):
+        at = urlparse(remote)
+        if at.scheme != "file":
+            return ()
+        remote = unquote(at.path)
+    return tuple(os.path.join(remote, subset) for subset in subsets)
 
 
 def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
@@ -52,8 +66,7 @@ def needs_of(recipe: Recipe, machines: Sequence[Host]) -> Needs:
         run=str(run.root),
         interpreter=sys.executable,
         pythonpath=os.environ.get("PYTHONPATH", ""),
-        # Of packs that are elsewhere only small files are here, and nobody is asked for more.
-        packs=tuple(os.path.abspath(recipe.pack(s)) for s in recipe.subsets if recipe.data.remote is None),
+        packs=packs_to_read(recipe.data, recipe.subsets),
         source=source,
         bundle=bundle,
         revision=None if isinstance(backbone, TinyCtc) else backbone.revision,

@@ -40,8 +40,16 @@ class SpeechModel(nn.Module, ABC):
 
     layer_drop: LayerDrop | None = None
 
+    unadaptable: frozenset[str] = frozenset()
+    """Names of linear modules whose weights are read in passing: what stands in their place is never called."""
+
     max_samples: int | None = None
     """Longest utterance that is heard whole; what lies behind is cut off. None: any."""
+
+    @property
+    def inner(self) -> Any:
+        """The network that is not ours: adapters go into it, and it can compute its layers again."""
+        return self.model
 
     def begin(self, step: int, batch: int) -> None:
         """Say which micro-batch is next: the `batch`-th of a rank in optimizer step `step`, both from 0 and the same

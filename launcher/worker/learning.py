@@ -177,10 +177,19 @@ def freeze(all_groups: Sequence[Group], step: int) -> bool:
 
 
 def adapt(model: SpeechModel, lora: Lora) -> None:
-    """Put adapters into `model`. They learn, and a fresh CTC head, and what the recipe names besides."""
+    """Put adapters into `model`. They learn, and a fresh CTC head, and what the recipe names besides.
+
+    Raises:
+        UsageError: the model has no such modules or parts, or adapters there would say nothing.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
-    inner: Any = model.model
+    inner = model.inner
+    if unheard := [target for target in lora.targets if target.rpartition(".")[2] in model.unadaptable]:
+        raise UsageError(
+            f"lora.targets: {', '.join(unheard)}: {model.backbone.kind} reads these weights past any adapter",
+            hint="its feed-forward layers take adapters: targets: [intermediate_dense, output_dense]",
+        )
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
     )
@@ -205,7 +214,7 @@ def merge(model: SpeechModel) -> None:
         module.merge(safe_merge=True)
         above, _, own = name.rpartition(".")
         setattr(model.get_submodule(above), own, module.get_base_layer())
-    inner: Any = model.model
+    inner = model.inner
     if hasattr(inner, "peft_config"):  # transformers would save adapters, and not the model
         del inner.peft_config
         inner._hf_peft_config_loaded = False
@@ -218,8 +227,10 @@ def compute_again(model: SpeechModel) -> None:
     """Keep what goes into each layer, and no more, for the way back. Without re-entering autograd: that would need an
     input with a gradient, which the first layer behind a frozen part has not."""
     if not isinstance(model, TinyCtcModel):
-        inner: Any = model.model
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner = model.inner
+        # Its name from transformers 5.23 on; the one of before warns, and 4.57 has no other.
+        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         return
     for block in model.model.blocks:
         block.forward = functools.partial(_twice, block, block.forward)

@@ -162,15 +162,19 @@ class Training:
             progress.step == 0 and self.recipe.evaluate.at_start and progress.evaluated_step < 0
         ) or progress.evaluation_due:
             stopped = not self.evaluate()
-        while progress.step < self.recipe.max_steps and not stopped and not self.ends_early:
-            stopped = self.epoch()
-        if not stopped and self.recipe.evaluate.at_end and progress.evaluated_step < progress.step:
-            stopped = not self.evaluate()
-        while self.sealed_step != progress.step:  # the third failure in a row raises
-            self.save()
-            self.settle()
-        if progress.awaiting and not stopped:
-            stopped = not self.await_evaluations()
+        is_over = False
+        while not is_over and not stopped:
+            while progress.step < self.recipe.max_steps and not stopped and not self.ends_early:
+                stopped = self.epoch()
+            if not stopped and self.recipe.evaluate.at_end and progress.evaluated_step < progress.step:
+                stopped = not self.evaluate()
+            while self.sealed_step != progress.step:  # the third failure in a row raises
+                self.save()
+                self.settle()
+            if progress.awaiting and not stopped:
+                stopped = not self.await_evaluations()
+            # What was waited for may say that the WER has fallen after all.
+            is_over = progress.step >= self.recipe.max_steps or self.ends_early
         self.evaluations.close()
         code = ExitCode.STOPPED if stopped else ExitCode.FINISHED
         why = ""

@@ -70,6 +70,8 @@ class Wav2Vec2Model(CtcModel):
         else:
             self.model = kind(config)
         self.base_name = self.model.base_model_prefix
+        if backbone.kind == "wavlm":  # its attention hands these weights to torch (read: 5.23, `WavLMAttention`)
+            self.unadaptable = frozenset(("q_proj", "k_proj", "v_proj", "out_proj"))
         if backbone.freeze_feature_encoder:
             self.model.freeze_feature_encoder()
         if backbone.mask_time_prob == 0 and hasattr(self.body, "masked_spec_embed"):

@@ -4,8 +4,9 @@ whoever wants the model and not its training."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from launcher.worker.backbone import SpeechModel
 from launcher.worker.models import build
 from launcher.worker.shards import Shards
 
+Weights = dict[str, torch.Tensor]
+"""By name."""
 
-def weights_of(run: Run, step: int) -> dict[str, torch.Tensor]:
+
+def weights_of(run: Run, step: int) -> Weights:
     """All weights of a sealed checkpoint, consolidated, fp32, on the CPU, in one process.
 
     Raises:
@@ -45,7 +49,7 @@ def weights_of(run: Run, step: int) -> dict[str, torch.Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in saved.items()}
 
 
-def ema_of(run: Run, step: int, model: SpeechModel) -> dict[str, torch.Tensor]:
+def ema_of(run: Run, step: int, model: SpeechModel) -> Weights:
     """The same with the moving average in the place of what learns. What is frozen, or has not been updated yet, is its
     own average.
 
@@ -87,10 +91,11 @@ def ema_of(run: Run, step: int, model: SpeechModel) -> dict[str, torch.Tensor]:
     return weights
 
 
-def average_of(run: Run, steps: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The mean of what several checkpoints of one run hold, as `weights_of` gives it: each element is summed in
-    float64, oldest first, divided by their number and rounded once to float32. What is not floating-point, such as a
-    counter, is the newest's. Of equal tensors the mean is that tensor, bit for bit: frozen weights stay what they are.
+def average_of(run: Run, steps: Sequence[int], of: Callable[[int], Weights] | None = None) -> Weights:
+    """The mean of what several checkpoints of one run hold, as `of` gives it, or else `weights_of`: each element is
+    summed in float64, oldest first, divided by their number and rounded once to float32. What is not floating-point,
+    such as a counter, is the newest's. Of equal tensors the mean is that tensor, bit for bit: frozen weights stay what
+    they are.
 
     Takes the memory of three copies of the weights: the sum has two.
 
@@ -98,10 +103,11 @@ def average_of(run: Run, steps: Sequence[int]) -> dict[str, torch.Tensor]:
         DataError: a checkpoint does not verify, or holds other weights than the one before it.
     """
     first, *others = sorted(steps)
-    newest = weights_of(run, first)
+    of = of or functools.partial(weights_of, run)
+    newest = of(first)
     sums = {name: tensor.double() for name, tensor in newest.items() if tensor.is_floating_point()}
     for step in others:
-        newest = weights_of(run, step)
+        newest = of(step)
         shapes = {name: tensor.shape for name, tensor in newest.items() if tensor.is_floating_point()}
         if shapes != {name: total.shape for name, total in sums.items()}:
             raise DataError(
@@ -137,7 +143,8 @@ def restored(
     """The model with the weights of a sealed checkpoint, or with the average of several.
 
     Args:
-        merged: adapters are merged into the weights; otherwise they are as in training.
+        merged: adapters are merged into the weights; otherwise they are as in training. An average is then that of the
+            merged weights.
         ema: take the moving average of the weights, of one checkpoint.
 
     Raises:
@@ -147,7 +154,11 @@ def restored(
     steps = [step] if isinstance(step, int) else step
     model = build(backbone, seed=seed, vocabulary=vocabularies.of_run(run))
     recipe = recipe_file.load(run.resolved)
-    if (lora := recipe.lora) is not None:
+    lora, of = recipe.lora, functools.partial(weights_of, run)
+    if lora is not None and merged and len(steps) > 1:
+        # The product of two means is not the mean of the products: merged first, averaged then.
+        lora, of = None, functools.partial(_merged_of, run, backbone, seed)
+    if lora is not None:
         learning.adapt(model, lora)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         # DeepSpeed prints its progress, and stdout is for our answer
@@ -155,7 +166,7 @@ def restored(
             learning.freeze_for_ever(model, recipe.freeze)
             weights = ema_of(run, steps[0], model)
         else:
-            weights = weights_of(run, steps[0]) if len(steps) == 1 else average_of(run, steps)
+            weights = weights_of(run, steps[0]) if len(steps) == 1 else average_of(run, steps, of)
     problems: Any = model.load_state_dict(weights, strict=False)
     # Tied weights are stored once; whatever is left must share memory with something that was loaded.
     loaded = {t.data_ptr() for n, t in model.state_dict().items() if n in weights}
@@ -169,3 +180,8 @@ def restored(
     if lora is not None and merged:
         learning.merge(model)
     return model
+
+
+def _merged_of(run: Run, backbone: schema.Backbone, seed: int, step: int) -> Weights:
+    """As `weights_of`, with adapters merged."""
+    return restored(run, step, backbone, seed).state_dict()

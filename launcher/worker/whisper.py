@@ -190,6 +190,10 @@ class WhisperCtcModel(CtcModel):
         self.layer_drop = LayerDrop(self.encoder.layers, backbone.layerdrop, seed)
         self.extractor = WhisperFeatureExtractor.from_pretrained(**_source(backbone))
 
+    @property
+    def inner(self) -> Any:
+        return self.encoder
+
     def collate(self, waveforms: Sequence[Waveform], texts: Sequence[str]) -> Tensors:
         lengths = torch.tensor([len(w) for w in waveforms], dtype=torch.int64)
         return {"inputs": _spectra(self.extractor, waveforms), "lengths": lengths, **self.labels(texts)}

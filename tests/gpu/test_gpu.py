@@ -121,3 +121,35 @@ def torch_total(folder: Path) -> int:
     return int(
         subprocess.run([sys.executable, "-c", code], cwd=folder, text=True, capture_output=True, check=True).stdout
     )
+
+
+@pytest.mark.parametrize("stage", ["off", "0", "2", "3"])
+def test_fp16_learns_and_takes_its_loss_scale_along(packed: Path, stage: str) -> None:
+    """Gradients that overflow, by which DeepSpeed finds the scale, end no run, whatever the patience; a resume goes on
+    with the scale that the checkpoint was sealed with, and not with the first one."""
+    sets = [
+        "launch.device=auto",
+        "launch.processes=1",
+        f"zero_stage={stage}",
+        "precision=fp16",
+        f"run_dir=fp16-{stage}",
+    ]
+    sets += ["checkpoint.every_steps=20", "evaluate.every_steps=100", "optimizer.nonfinite_patience=0", "max_steps=60"]
+    if stage != "off":
+        sets.append("deepspeed={fp16: {initial_scale_power: 32}}")  # more than any gradient bears
+    options = [x for s in sets for x in ("--set", s)]
+    run = Run(packed / f"fp16-{stage}")
+    with started("launch", str(RECIPES / "demo.yaml"), *options, cwd=packed) as process:
+        wait_for(lambda: 20 in run.sealed_steps() and len(read_lines(run.attempts()[0].metrics)) > 45, process)
+        kill_rank(run.attempts()[0], 0)
+        assert process.wait(60) == 76
+    done = speechctl("resume", run.root.name, cwd=packed)
+    assert done.returncode == 0, done.stderr
+    before, after = ({m["step"]: m for m in read_lines(a.metrics)} for a in run.attempts())
+    first = min(after)
+    assert first > 20 and max(after) == 60
+    assert after[first]["loss_scale"] == before[first]["loss_scale"]
+    if stage != "off":
+        assert before[1]["left_out"] and before[first]["loss_scale"] < before[1]["loss_scale"]
+    losses = [m["loss"] for _, m in sorted({**before, **after}.items()) if not m.get("left_out")]
+    assert sum(losses[-5:]) < sum(losses[:5])

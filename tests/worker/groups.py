@@ -21,7 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def prepared(
-    root: Path, name: str, value: schema.Backbone, stage: int, precision: str = "fp32", **evaluate: Any
+    root: Path,
+    name: str,
+    value: schema.Backbone,
+    stage: int,
+    precision: str = "fp32",
+    lora: dict[str, Any] | None = None,
+    **evaluate: Any,
 ) -> Attempt:
     """A run directory as `launch` leaves it, for 5 steps with an evaluation before and after them."""
     seconds = 60 if isinstance(value, schema.Whisper | schema.WhisperCtc) else 4
@@ -31,6 +37,7 @@ def prepared(
             "run_dir": root / name,
             "data": {"corpus": root, "packs": root / "packs", "train": ["train-clean-100"]},
             "backbone": value.model_dump(),
+            "lora": lora,
             "zero_stage": stage,
             "precision": precision,
             "max_steps": 5,
@@ -66,5 +73,4 @@ def trained_together(script: Path, attempts: Sequence[Attempt], cwd: Path) -> No
             for left in psutil.Process(process.pid).children(recursive=True):
                 left.kill()  # ranks that hang have sessions of their own
             process.kill()
-    Path("/tmp/bb_said").write_bytes(said)
     assert process.returncode == 0, said.decode()[-6000:]

@@ -1,5 +1,5 @@
-"""Every family of backbones: trained at ZeRO 2 and 3 on two ranks with layers dropped and frames masked, exported, and
-heard by plain transformers, token by token.
+"""Every family of backbones: trained at ZeRO 2 and 3 on two ranks with layers dropped and frames masked, all of it or
+adapters alone, exported, and heard by plain transformers, token by token.
 
 The architectures are real and small, their weights random. SPEECHCTL_TEST_FAMILIES=real takes Whisper tiny.en's own
 weights and real speech instead, from SPEECHCTL_TEST_DATA (a directory with `backbones/whisper-tiny.en` and
@@ -8,32 +8,42 @@ weights and real speech instead, from SPEECHCTL_TEST_DATA (a directory with `bac
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from launcher import recipe as schema
 from launcher.rundir import read_lines
 from launcher.worker import __main__ as worker
-from launcher.worker.backbone import CtcModel, SpeechModel
 from launcher.worker.pack import write_pack
 from launcher.worker.weights import restored
 from tests.worker.backbones import make_wav2vec2, make_whisper, wav2vec2, whisper, whisper_ctc
 from tests.worker.groups import prepared, trained_together
+from tests.worker.plain import by_plain_transformers, by_us
 
 REAL = os.environ.get("SPEECHCTL_TEST_FAMILIES") == "real"
 UTTERANCES = 8
 STAGES = {"hubert": (0, 1, 2, 3)}
 """Of ZeRO, where they are more than 2 and 3."""
+LORA: dict[str, dict[str, Any]] = {
+    "wavlm": {"rank": 2, "alpha": 16, "targets": ["intermediate_dense"]},
+    "wav2vec2": {"rank": 2, "alpha": 16},
+    "whisper": {"rank": 2, "alpha": 16, "targets": ["q_proj", "fc1"]},
+    "whisper-ctc": {"rank": 2, "alpha": 16},
+}
+"""Families that are trained by adapters, too."""
+
+
+def adapters(name: str) -> dict[str, Any] | None:
+    """Of a run of that name."""
+    return LORA[name.removeprefix("lora-").split("/")[0]] if name.startswith("lora-") else None
+
+
 CHARACTERS = {"kind": "characters", "case": "lower"}
 PIECES = {"kind": "sentencepiece", "size": 28}
 
@@ -46,7 +56,7 @@ def families(root: Path) -> dict[str, schema.Backbone]:
         "wavlm": wav2vec2(
             make_wav2vec2(root / "3", family="WavLM", layers=4), kind="wavlm", layerdrop=0.4, vocabulary=PIECES
         ),
-        "whisper": whisper(make_whisper(root / "4", layers=4), layerdrop=0.4, spec_augment=True),
+        "whisper": whisper(make_whisper(root / "4", layers=4, seconds=2), layerdrop=0.4, spec_augment=True),
         "whisper-ctc": whisper_ctc(root / "4", layerdrop=0.4, spec_augment=True, vocabulary=PIECES),
     }
     return made
@@ -58,84 +68,6 @@ def real() -> dict[str, schema.Backbone]:
         "tiny.en": whisper(source, layerdrop=0.4, spec_augment=True),
         "tiny.en-ctc": whisper_ctc(source, layerdrop=0.4, spec_augment=True, vocabulary=CHARACTERS),
     }
-
-
-PLAIN = """
-import json, sys
-try:
-    import torchaudio
-except (ImportError, OSError, RuntimeError):  # a build for CUDA beside a torch for CPUs; transformers needs it not
-    sys.modules["torchaudio"] = None
-import numpy as np
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-torch.set_num_threads(1)
-exports, sounds, limits = json.loads(sys.argv[1])
-answers = {}
-for name, folder in exports.items():
-    processor = AutoProcessor.from_pretrained(folder)
-    if name.split("/")[0].endswith("-ctc"):
-        encoder = WhisperEncoder.from_pretrained(folder).eval()
-        head = load_file(folder + "/ctc_head.safetensors")
-    elif name in limits:
-        model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
-    else:
-        model = AutoModelForCTC.from_pretrained(folder).eval()
-    rows = []
-    for sound in sounds:
-        inputs = processor(np.load(sound), sampling_rate=16000, return_tensors="pt")
-        with torch.no_grad():
-            if name.split("/")[0].endswith("-ctc"):
-                heard = encoder(inputs.input_features).last_hidden_state
-                frames = -(-len(np.load(sound)) // 320)
-                ids = torch.nn.functional.linear(heard, head["weight"], head["bias"]).argmax(-1)[:, :frames]
-            elif name in limits:
-                ids = model.generate(**inputs, max_new_tokens=limits[name], force_unique_generate_call=True)
-            else:
-                ids = model(**inputs).logits.argmax(-1)
-        text = processor.batch_decode(ids, skip_special_tokens=name in limits)[0]
-        for special in ("<s>", "</s>", "<unk>"):  # which only untrained models write
-            text = text.replace(special, "")
-        rows.append((ids[0].tolist(), text.strip() if name in limits else " ".join(text.split())))
-    answers[name] = rows
-assert "launcher.worker.backbone" not in sys.modules
-print(json.dumps(answers))
-"""
-
-
-def by_plain_transformers(exports: dict[str, Path], sounds: list[Path], limits: dict[str, int]) -> Any:
-    """Tokens and text of each sound, by a process that has none of our code."""
-    asked = json.dumps([{n: str(p) for n, p in exports.items()}, [str(p) for p in sounds], limits])
-    command = [sys.executable, "-I", "-c", PLAIN, asked]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def by_us(model: SpeechModel, waveform: Any) -> tuple[list[int], str]:
-    """The same by a model of ours."""
-    tensors = model.collate([waveform], [""])
-    with torch.no_grad():
-        if isinstance(model, CtcModel):
-            logits, frames = model.logits(tensors)
-            return logits.argmax(-1)[0, : int(frames[0])].tolist(), model(tensors, transcribe=True)[1][0]
-        words: Any = model
-        written: list[Any] = []
-        decode = words.tokenizer.batch_decode
-
-        def noted(rows: Any, **named: Any) -> Any:
-            written.append(rows)
-            return decode(rows, **named)
-
-        words.tokenizer.batch_decode = noted
-        try:
-            text = model(tensors, transcribe=True)[1][0]
-        finally:
-            words.tokenizer.batch_decode = decode
-        return written[0][0].tolist(), text
 
 
 @pytest.mark.ranks
@@ -150,10 +82,12 @@ def test_families(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "packs").mkdir()
     write_pack(corpus, "train-clean-100", tmp_path / "packs" / "train-clean-100", 2**20, 1, lambda _: None)
     made = real() if REAL else families(tmp_path / "backbones")
+    made |= {f"lora-{name}": value for name, value in made.items() if name in LORA}
     named = {f"{name}/{stage}": (value, stage) for name, value in made.items() for stage in STAGES.get(name, (2, 3))}
     heard_on: dict[str, Any] = {"subsets": ["train-clean-100"], "at_start": False, "batch_seconds": 0.3}  # one by one
     attempts = [
-        prepared(tmp_path, name.replace("/", "-"), value, stage, **heard_on) for name, (value, stage) in named.items()
+        prepared(tmp_path, name.replace("/", "-"), value, stage, lora=adapters(name), **heard_on)
+        for name, (value, stage) in named.items()
     ]
     trained_together(Path(__file__).with_name("families.py"), attempts, tmp_path)
 
@@ -171,6 +105,7 @@ def test_families(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         command = ["export", str(run.root), "--step", "5", "--target", str(exports[name])]
         assert worker.main(command) == 0
         assert {p.suffix for p in exports[name].iterdir()} <= {".json", ".safetensors", ".model"}
+        assert not list(exports[name].glob("*adapter*"))
         models[name] = restored(run, 5, named[name][0], 1).eval()
     for name in made:
         for stage in STAGES.get(name, (2,)):

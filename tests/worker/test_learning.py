@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import xxhash
 
 from launcher import audit, recipe_file, report, rundir, sealing
 from launcher import recipe as schema
-from launcher.errors import UsageError
+from launcher.errors import TrainingError, UsageError
 from launcher.rundir import Run, read_json, read_lines
 from launcher.worker import learning, verbs
 from launcher.worker.learning import part_of
@@ -40,6 +41,10 @@ UNFROZEN, FROZEN_AGAIN = 6, 10
 """When the layers begin to learn, and when the head no longer does."""
 BAD = (3, 4)
 """Steps at which rank 1 gets a NaN."""
+UNSOUND = 7
+"""Behind which of its steps rank 1 has a weight for a moment that is infinite."""
+CLIP = 35.0
+"""Some gradients of the story are longer, some are not: AdamW would not notice a factor that all have."""
 CUT = 5
 """Where the run is cut in two: behind the NaN, while the layers are frozen."""
 
@@ -179,8 +184,9 @@ STORY: dict[str, Any] = {
 
 
 def nan_on_rank_1(training: Any) -> None:
-    """The first utterance of a micro-batch is not a number, in two steps in a row. Rank 0 writes down what its share
-    of every part of the model is after each step."""
+    """The first utterance of a micro-batch is not a number, in two steps in a row; and behind another step a weight of
+    its share is infinite while all try to save. Rank 0 writes down what its share of every part of the model is after
+    each step."""
     whole = training.engine.backward
     one_step = training.one_step
 
@@ -192,6 +198,8 @@ def nan_on_rank_1(training: Any) -> None:
 
     def recorded(*arguments: Any) -> bool:
         stop: bool = one_step(*arguments)
+        if training.progress.step == UNSOUND:
+            refused_to_save(training)
         if training.ranks.rank == 0:
             shares: dict[str, Any] = {}
             for part, weights in zip(part_of(training.engine.model).values(), training.engine.kept(), strict=True):
@@ -204,10 +212,29 @@ def nan_on_rank_1(training: Any) -> None:
     training.one_step = recorded
 
 
+def refused_to_save(training: Any) -> None:
+    """Try to save with an infinite weight on rank 1, and write down what all ranks said to it."""
+    weight = next(w for w in reversed(training.engine.kept()) if w.numel()).view(-1)[-1:]
+    before = weight.clone()
+    if training.ranks.rank == 1:
+        weight.fill_(math.inf)
+    try:
+        training.save()
+    except TrainingError as error:
+        (training.run.root / f"refused-{training.ranks.rank}").write_text(f"{error.message}\n{error.hint}")
+    weight.copy_(before)
+
+
 @pytest.fixture(scope="module")
 def stories(packed: Path) -> dict[str, tuple[Run, Run]]:
     """The story by two ranks at each stage: in one go, and cut in two."""
-    optimizer = {"learning_rate": 1e-2, "layer_decay": 0.7, "weight_decay": 0.1, "nonfinite_patience": 2}
+    optimizer = {
+        "learning_rate": 1e-2,
+        "layer_decay": 0.7,
+        "weight_decay": 0.1,
+        "nonfinite_patience": 2,
+        "grad_clip": CLIP,
+    }
     made = {
         stage: (
             prepared(packed, f"whole-{stage}", stage, **STORY, optimizer=optimizer),
@@ -230,6 +257,52 @@ def test_the_same_at_every_stage_and_exact_across_a_resume(stories: dict[str, tu
     assert numbers(whole) == pytest.approx(numbers(stories["off"][0]), rel=1e-4)
     assert [x.hex() for x in numbers(cut)] == [x.hex() for x in numbers(whole)]
     assert [row["learning_rate"] for row in rows(cut)] == [row["learning_rate"] for row in rows(whole)]
+
+
+@pytest.mark.ranks
+def test_a_plain_loop_trains_the_same(packed: Path, stories: dict[str, tuple[Run, Run]]) -> None:
+    """The story in twenty lines of torch and by the recipe's own words: what all engines might get wrong together. Each
+    utterance counts as much as any other, whatever micro-batch it is in."""
+    run, _ = stories["off"]
+    recipe = recipe_file.load(run.resolved)
+    model = build(recipe.backbone, seed=recipe.seed)
+    share = {"feature_encoder": 0.0, "layer.0": 0.7**2, "layer.1": 0.7, "head": 1.0}
+    groups = [
+        {"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0.0, "share": share[of], "part": of}
+        for p, of in zip(model.parameters(), part_of(model).values(), strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), eps=1e-8)
+    ledgers: list[dict[int, list[str]]] = [
+        {row["step"]: row["ids"] for row in read_lines(run.attempts()[0].ledger(rank))} for rank in (0, 1)
+    ]
+    for row in rows(run):
+        done = row["step"] - 1
+        frozen = {"feature_encoder"}
+        frozen |= {"layer.0", "layer.1"} if done < UNFROZEN else set()
+        frozen |= {"head"} if FROZEN_AGAIN <= done < 12 else set()
+        rate = 1e-2 * (0.1 + 0.9 * done / 2 if done < 2 else 0.5 * (1 + math.cos(math.pi * (done - 2) / (STEPS - 2))))
+        assert row["learning_rate"] == pytest.approx(rate, rel=1e-12)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+            group["params"][0].requires_grad_(group["part"] not in frozen)
+        if row.get("left_out"):
+            continue
+        heard = [utterance(packed, utt_id) for ledger in ledgers for utt_id in ledger[row["step"]]]
+        loss = torch.stack([model(model.collate([sound], [text]))[0].sum() for sound, text in heard]).mean()
+        torch.autograd.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4), row["step"]
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), row["step"]
+
+
+def utterance(packed: Path, utt_id: str) -> tuple[np.typing.NDArray[np.float32], str]:
+    """Sound and text, from the corpus itself."""
+    file = next((packed / "LibriSpeech").rglob(f"{utt_id}.flac"))
+    lines = next(file.parent.glob("*.trans.txt")).read_text().splitlines()
+    text = next(line for line in lines if line.startswith(f"{utt_id} ")).partition(" ")[2]
+    return soundfile.read(file, dtype="float32")[0], text
 
 
 def changed(run: Run, before: int, after: int) -> set[str]:
@@ -272,6 +345,20 @@ def test_a_nan_on_one_rank_is_left_out_by_all(stories: dict[str, tuple[Run, Run]
     assert read_json(whole.attempts()[0].exit) == {"code": 0, "step": STEPS, "sealed_step": STEPS}
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_that_are_not_finite_are_not_saved(stories: dict[str, tuple[Run, Run]], stage: str) -> None:
+    """By no rank, where one of them has one, and every rank says so."""
+    for run in stories[stage]:
+        assert UNSOUND not in [
+            e["step"] for a in run.attempts() for kind in ("saving", "sealed") for e in events(a, kind)
+        ]
+        for rank in (0, 1):
+            said, hint = (run.root / f"refused-{rank}").read_text().splitlines()
+            assert said == f"step {UNSOUND}: the weights are not finite, and are not saved"
+            assert "the newest checkpoint is sound" in hint
+
+
 # Adapters ------------------------------------------------------------------------------------------------------------
 
 LORA: dict[str, Any] = {"lora": {"rank": 4, "targets": ["qkv", "out"], "train": ["layer.1"]}, "max_steps": 6}
@@ -301,6 +388,21 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_model(packed: Path) -> N
         noise = [np.random.default_rng(7).standard_normal(n).astype(np.float32) for n in (16_000, 9_000)]
         batch = merged.collate(noise, ["HELLO", "A B"])
         torch.testing.assert_close(merged.eval()(batch)[0], apart.eval()(batch)[0], rtol=1e-5, atol=0)
+
+
+def test_what_an_adapter_says_counts_alpha_by_rank_times() -> None:
+    """LoRA, section 4.1; and nothing before it has learned. A wrong factor in training would be merged as it was."""
+    asked = recipe(backbone=TINY.model_dump(), lora={"rank": 4, "alpha": 6, "targets": ["out"], "train": ["layer.1"]})
+    model = learning.prepare(build(asked.backbone, seed=1), asked)
+    assert {n.split(".lora")[0] for n, p in model.trained() if "lora" in n} == {f"model.blocks.{i}.out" for i in (0, 1)}
+    before = build(asked.backbone, seed=1).state_dict()["model.blocks.0.out.weight"]
+    state = model.state_dict()
+    a, b = (state[f"model.blocks.0.out.lora_{x}.default.weight"] for x in "AB")
+    assert a.shape == (4, 32) and b.shape == (32, 4) and not b.any()
+    b.normal_()
+    learning.merge(model)
+    after = model.state_dict()["model.blocks.0.out.weight"]
+    torch.testing.assert_close(after, before + 6 / 4 * b @ a)
 
 
 # Another number of ranks ---------------------------------------------------------------------------------------------

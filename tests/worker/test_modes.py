@@ -114,14 +114,12 @@ def prepared(root: Path, source: Path, case: Case) -> Run:
     cadence["mode"] = who if who in MODES else "sidecar" if who in (*WRONG, *REAL) else "collective"
     if who == "early":
         cadence |= {"at_start": False, "early_stopping": {"patience": 1}}
-    # Plain data parallel does not bear that a mask may select nothing, and leave the vector for it without a gradient.
-    masks = {"mask_time_prob": 0.0} if stage == "off" else {}
     recipe = schema.Recipe.model_validate(
         {
             "name": "modes",
             "run_dir": root / "-".join(map(str, case)).replace(" ", "-"),
             "data": {"corpus": root, "packs": root / "packs", "train": ["train-clean-100"]},
-            "backbone": wav2vec2(source, dropout=0.1, **masks).model_dump(),
+            "backbone": wav2vec2(source, dropout=0.1).model_dump(),
             "zero_stage": stage if stage == "off" else int(stage),
             "max_steps": STEPS,
             "batch": {"step_seconds": 8, "max_rank_seconds": 2},
