@@ -125,19 +125,17 @@ def train(folder: Path, recipe: schema.Recipe, batches: list[list[list[str]]], e
     trainer.batches = [[numbers[utt_id] for utt_id in step[rank]] for step in batches]
     assert world_size == len(batches[0]) and trainer.accelerator.num_processes == world_size
 
-    def written() -> dict[str, str]:
-        # Ranks that ran out of utterances repeat the first ones, behind all others.
-        tokens = trainer.predict(heard, max_new_tokens=backbone.max_new_tokens).predictions[: len(heard)]
-        tokens[tokens == -100] = heard.tokenizer.pad_token_id
-        texts = heard.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return {utt_id: text.strip() for utt_id, text in zip(evaluated, texts, strict=True)}
-
-    before = written()
     trainer.train()
     steps = [row for row in trainer.state.log_history if "loss" in row and "grad_norm" in row]
-    after = written()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"before": before, "after": after, "steps": steps, "trained_parameters": trained}
+    # Ranks that ran out of utterances repeat the first ones, behind all others.
+    tokens = trainer.predict(heard, max_new_tokens=backbone.max_new_tokens).predictions[: len(heard)]
+    tokens[tokens == -100] = heard.tokenizer.pad_token_id
+    texts = heard.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return {
+        "texts": {utt_id: text.strip() for utt_id, text in zip(evaluated, texts, strict=True)},
+        "steps": steps,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
 
 
 @torch.no_grad()
