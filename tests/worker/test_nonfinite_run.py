@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.rundir import Run, manifest_of, read_json, read_lines
+from launcher.rundir import Run, read_json, read_lines
+from launcher.sealing import manifest_of
 from launcher.worker import pack
 from launcher.worker.weights import weights_of
 from tests.conftest import make_corpus

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launcher import recipe as schema
-from launcher import report, rundir
+from launcher import report, sealing
 from launcher.rundir import Run, read_json, read_lines
 from launcher.worker.pack import write_pack
 from launcher.worker.sidecar import Sidecar
@@ -35,7 +35,7 @@ LAST = 5000
 TABLE = """\
 import sys
 from pathlib import Path
-from launcher import rundir
+from launcher import rundir, sealing
 attempt, step = rundir.Attempt(Path(sys.argv[1])), int(sys.argv[3])
 run = attempt.run
 wers = {wers}
@@ -43,7 +43,7 @@ done = len(list(run.evaluations.glob("step-*.json"))) if run.evaluations.exists(
 wer = wers[done]
 counted = dict.fromkeys(("substitutions", "insertions", "deletions", "words", "utterances", "truncated", "loss"), 1)
 told = {{"wer": wer, "criterion": {{"subset": "dev-clean", "wer": wer}}, "step": step, "attempt": attempt.number}}
-more = {{"blocked_s": 0, "time": 0, "checkpoint": rundir.manifest_of(run.checkpoint(step))["digest"]}}
+more = {{"blocked_s": 0, "time": 0, "checkpoint": sealing.manifest_of(run.checkpoint(step))["digest"]}}
 run.evaluations.mkdir(exist_ok=True)
 rundir.write_json(run.evaluation(step), {{**counted, **told, **more}})
 """
@@ -60,7 +60,7 @@ class Slow(Harm):
             time.sleep(0.01)
             if training.ranks.rank == self.rank:
                 newest = training.run.sealed_steps()[-1:]
-                if newest and rundir.manifest_of(training.run.checkpoint(newest[0]))["progress"]["in_vain"]:
+                if newest and sealing.manifest_of(training.run.checkpoint(newest[0]))["progress"]["in_vain"]:
                     os.kill(os.getpid(), signal.SIGKILL)
             result: torch.Tensor = whole(tensors, factor, last)
             return result
