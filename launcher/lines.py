@@ -13,13 +13,21 @@ from typing import Any
 
 from launcher import rundir
 from launcher.errors import StorageError
+from launcher.rundir import LineFile
 
 
 class Lines:
-    """May be appended to from several threads; in the file, the lines are in the order in which they came."""
+    """May be appended to from several threads; in the file, the lines are in the order in which they came.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        followed: somebody on another host reads along: over NFS, each line waits until the server has it. Others stay
+            open.
+    """
+
+    def __init__(self, path: Path, *, followed: bool = True) -> None:
         self.path = path
+        self._followed = followed
+        self._file: LineFile | None = None
         self._waiting: list[Mapping[str, Any]] = []
         self._appended = False
         self._lock = threading.Lock()
@@ -44,7 +52,26 @@ class Lines:
                 with rundir.storage_errors(self.path):
                     rundir.sync_file(self.path)
 
+    def close(self) -> None:
+        """Write what still waits, as far as the disk takes it."""
+        with self._lock, suppress(StorageError):
+            self._write()
+            self._close()
+
     def _write(self) -> None:
-        while self._waiting:
-            rundir.append_line(self.path, self._waiting[0])
-            del self._waiting[0]
+        try:
+            while self._waiting:
+                self._file = self._file or LineFile(self.path)
+                self._file.append(self._waiting[0])
+                if self._followed:
+                    self._close()
+                del self._waiting[0]
+        except StorageError:
+            with suppress(StorageError):
+                self._close()
+            raise
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()

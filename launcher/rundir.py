@@ -294,26 +294,56 @@ TORN = b"\x18"
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line in one write, so that a reader never sees half of one from a living writer. Half a line that
-    was left by a power cut is closed first, with a mark behind which it is skipped.
+    """Append one JSON line in one write, so that a reader never sees half of one from a living writer.
 
     Raises:
-        StorageError: the disk is full or failing; the part of the line that fitted is taken back, so that the next
-            line does not continue it.
+        StorageError: as `LineFile`.
     """
-    line = _json(value)
-    with storage_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(fd).st_size
-            if size > 0 and os.pread(fd, 1, size - 1) != b"\n":
-                line = TORN + b"\n" + line
-            written = os.write(fd, line)
+    with LineFile(path) as file:
+        file.append(value)
+
+
+class LineFile:
+    """A file of JSON lines, open to append to. Half a line that was left by a power cut is closed first, with a mark
+    behind which it is skipped.
+
+    Over NFS, other hosts see what was appended when it is closed; else within half a minute.
+
+    Raises:
+        StorageError: the disk is full or failing; the part of a line that fitted is taken back, so that the next line
+            does not continue it. Close it then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with storage_errors(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                size = os.fstat(self._fd).st_size
+                self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+            except OSError:
+                os.close(self._fd)
+                raise
+
+    def append(self, value: Mapping[str, Any]) -> None:
+        """In one write, so that a reader never sees half a line."""
+        line = (TORN + b"\n" if self._torn else b"") + _json(value)
+        with storage_errors(self.path):
+            written = os.write(self._fd, line)
             if written < len(line):
-                os.ftruncate(fd, os.fstat(fd).st_size - written)
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(fd)
+        self._torn = False
+
+    def close(self) -> None:
+        with storage_errors(self.path):
+            os.close(self._fd)
+
+    def __enter__(self) -> LineFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

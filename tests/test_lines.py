@@ -17,13 +17,17 @@ from tests.disks import filled, mounted, only_root, read_only
 
 
 @only_root
-@pytest.mark.parametrize("fault", [filled, read_only], ids=["full", "read-only"])
+@pytest.mark.parametrize(
+    ("fault", "followed"),
+    [(filled, True), (read_only, True), (filled, False)],  # the kernel lets no disk become read-only under an open file
+    ids=["full", "read-only", "full, stays open"],
+)
 def test_a_disk_that_takes_none_for_a_while_costs_none(
-    tmp_path: Path, fault: Callable[[Path], AbstractContextManager[None]]
+    tmp_path: Path, fault: Callable[[Path], AbstractContextManager[None]], followed: bool
 ) -> None:
     """Training ended with the first line that a full disk did not take, with checkpoints to spare."""
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64k", "tmpfs") as disk:
-        lines = Lines(disk / "lines")
+        lines = Lines(disk / "lines", followed=followed)
         lines.sync()
         wanted = [{"k": k, "text": "x" * 1000} for k in range(12)]
         for row in wanted[:3]:
@@ -40,6 +44,7 @@ def test_a_disk_that_takes_none_for_a_while_costs_none(
         for row in wanted[9:]:
             lines.append(row)
         assert rundir.read_lines(lines.path) == wanted
+        lines.close()
 
 
 @only_root
@@ -51,7 +56,7 @@ def test_a_file_system_that_is_gone_costs_no_line(tmp_path: Path, monkeypatch: p
     def gone(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    said = Lines(tmp_path / "lines")
+    said = Lines(tmp_path / "lines", followed=False)
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", gone)
         said.append({"step": 1})
@@ -59,6 +64,18 @@ def test_a_file_system_that_is_gone_costs_no_line(tmp_path: Path, monkeypatch: p
             said.sync()
     said.sync()
     assert rundir.read_lines(said.path) == [{"step": 1}]
+
+
+def test_half_a_line_of_a_killed_writer_is_passed_over(tmp_path: Path) -> None:
+    """Whoever opens the file next closes it; and only then, not before each of its own lines."""
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"step": 1}\n{"st')
+    said = Lines(path, followed=False)
+    for step in (2, 3):
+        said.append({"step": step})
+    said.close()
+    assert rundir.read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert path.read_bytes().count(rundir.TORN) == 1
 
 
 def test_what_is_written_over_needs_no_room(tmp_path: Path) -> None:

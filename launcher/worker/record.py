@@ -22,7 +22,7 @@ class Record:
         self.attempt = attempt
         self.is_first = rank == 0
         self.events, self.metrics = Lines(attempt.events), Lines(attempt.metrics)
-        self.ledger = Lines(attempt.ledger(rank))
+        self.ledger = Lines(attempt.ledger(rank), followed=False)
         self._tracker: Any = None
 
     def track(self, recipe: Recipe, first_step: int) -> None:
@@ -61,5 +61,6 @@ class Record:
             lines.sync()  # the last two of other ranks than 0 have nothing to sync
 
     def close(self) -> None:
+        self.ledger.close()
         if self._tracker is not None:
             self._tracker.finish()

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -193,14 +192,12 @@ class Training:
     def epoch(self) -> bool:
         """The rest of this epoch. Returns True when the ranks agreed to stop."""
         progress, recipe = self.progress, self.recipe
-        done = progress.cursor.steps
         mark("order", "step", progress.step)
-        steps = self.sampler.steps_left(progress.cursor, self.ranks.world_size, self.accumulation)
+        steps = self.begin_epoch()
         if not steps:
             progress.cursor.epoch, progress.cursor.history = progress.cursor.epoch + 1, []
             return False
         self.ranks.agree("the order of utterances", digest(steps))
-        self.steps_of_epoch = done + len(steps)
         steps = steps[: recipe.max_steps - progress.step]
         mine = [b for step in steps for b in step[self.ranks.rank :: self.ranks.world_size]]
         load = partial(self._load, progress.cursor.epoch)
@@ -220,6 +217,14 @@ class Training:
                 feed.close()
                 return stop
         return False
+
+    def begin_epoch(self) -> list[Step]:
+        """The steps of this epoch that are left, of all ranks, in order; `one_step` makes each of them."""
+        cursor = self.progress.cursor
+        steps = self.sampler.steps_left(cursor, self.ranks.world_size, self.accumulation)
+        self.steps_of_epoch = cursor.steps + len(steps)
+        self.samples = self.data.samples_in(cursor.epoch)
+        return steps
 
     def one_step(self, step: Step, feed: Iterator[tuple[list[str], Tensors]]) -> bool:
         """One optimizer step over all ranks, or none, where its loss or gradient is not finite. Sets whether an
@@ -267,7 +272,7 @@ class Training:
         self.record.ledger.append({"step": progress.step, "epoch": epoch, "ids": ids})
         left_out = math.isnan(grad_norm)
         if is_first:
-            items = np.concatenate([b.indices for b in step if not b.filler])
+            samples = sum(int(self.samples[b.indices].sum()) for b in step if not b.filler)
             metrics = {
                 "step": progress.step,
                 "epoch": epoch,
@@ -275,7 +280,7 @@ class Training:
                 "grad_norm": None if left_out else grad_norm,
                 "learning_rate": rate,
                 "utterances": count,
-                "audio_s": round(self.data.audio_s(items, epoch), 3),
+                "audio_s": round(samples / SAMPLE_RATE_HZ, 3),
                 "padded_s": round(padded, 3),
                 "step_s": round(time.monotonic() - began, 4),
                 "time": round(time.time(), 3),
@@ -309,7 +314,8 @@ class Training:
         self.engine.begin(step)
         for number, batch in enumerate(mine):
             mark("data", "step", step + 1)
-            utt_ids, tensors = next(feed)
+            with memory_errors(f"step {step + 1}, reading {len(batch.indices)} utterances", self.recipe):
+                utt_ids, tensors = next(feed)
             mark("forward and backward")
             self.engine.model.begin(step, number)
             # Sum over utterances, over all ranks and all accumulation, divided by their number: the factor undoes

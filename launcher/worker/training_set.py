@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -81,10 +80,10 @@ class TrainingSet:
             quadratic_seconds=batch.quadratic_seconds,
         )
 
-    def audio_s(self, items: Sequence[int] | Indices | slice, epoch: int) -> float:
-        """Sound in these items as this epoch hears them, without padding."""
-        ways = augment.choose(self.seed, epoch, self.keys[items], len(self.speeds))
-        return float(self.samples[:, items][ways, np.arange(len(ways))].sum()) / SAMPLE_RATE_HZ
+    def samples_in(self, epoch: int) -> Indices:
+        """Samples of each item as this epoch hears it, without padding; shape (items,)."""
+        ways = augment.choose(self.seed, epoch, self.keys, len(self.speeds))
+        return np.asarray(self.samples[ways, np.arange(len(self))])
 
     def example(self, item: int, epoch: int) -> Example:
         """One item as this epoch hears it; the id of a second occurrence ends in `#2`. Safe from several threads.

@@ -68,6 +68,7 @@ def facts(options: argparse.Namespace) -> int:
     from launcher.worker import learning, vocabularies
     from launcher.worker.data import Utterances
     from launcher.worker.evaluate import check_letters
+    from launcher.worker.librispeech import SAMPLE_RATE_HZ
     from launcher.worker.models import skeleton
     from launcher.worker.sampler import Cursor, accumulation, summary
     from launcher.worker.training_set import TrainingSet
@@ -86,7 +87,7 @@ def facts(options: argparse.Namespace) -> int:
             hint="take fewer ranks; or, in a new run, raise batch.step_seconds and batch.max_rank_seconds, or lower"
             " data.max_utterance",
         ) from error
-    audio_s = data.audio_s(slice(None), epoch=0)
+    audio_s = float(data.samples_in(epoch=0).sum()) / SAMPLE_RATE_HZ
     order = summary(steps, world_size, audio_s)
     answer: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -71,12 +71,10 @@ class Bench:
         time.sleep(0.5)
         self.training = train.Training(run.attempts()[0], [False], fresh=False)
         self.world_size = self.training.ranks.world_size
-        steps = self.training.sampler.steps_left(self.training.progress.cursor, self.world_size, 1)
-        self.step = steps[0]
+        self.step = self.training.begin_epoch()[0]
         loaded = self.training._load(0, self.step[self.training.ranks.rank])
         self.ids, self.batch = loaded
         self.count = sum(len(b.indices) for b in self.step)
-        self.training.steps_of_epoch = 10**6
         self.feed = itertools.repeat(loaded)
         self.config = {**plan.deepspeed_config(recipe, 1, 10**5)}
 

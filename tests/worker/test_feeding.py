@@ -160,8 +160,7 @@ def test_an_epoch_hears_what_was_planned(packed: Path, tmp_path: Path) -> None:
             planned = data.samples[sampler.ways_in(epoch), np.arange(len(data))]
             heard = list(pool.map(lambda item, e=epoch: data.example(item, e), range(len(data))))
             assert [len(e.waveform) for e in heard] == planned.tolist()
-            assert data.audio_s(slice(None), epoch) == pytest.approx(planned.sum() / 16_000)
-            assert data.audio_s([3, 1], epoch) == pytest.approx(planned[[3, 1]].sum() / 16_000)
+            assert data.samples_in(epoch).tolist() == planned.tolist()
             again = [data.example(item, epoch) for item in reversed(range(len(data)))][::-1]
             assert all(np.array_equal(a.waveform, b.waveform) for a, b in zip(heard, again, strict=True))
     assert len({tuple(sampler.ways_in(epoch).tolist()) for epoch in range(4)}) == 4

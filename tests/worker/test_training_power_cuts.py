@@ -130,10 +130,9 @@ def by_deepspeed(attempt: str, folder: str, outside: str, steps: int, strace: tu
         return
     with suppress(FileNotFoundError):
         engine.load_checkpoint(folder)
-    planned = training.sampler.steps_left(training.progress.cursor, 2, training.accumulation)
+    planned = training.begin_epoch()
     load = partial(training._load, training.progress.cursor.epoch)
     feed = ahead(load, [b for step in planned for b in step[rank::2]])
-    training.steps_of_epoch = len(planned)
     for number in range(steps):
         training.one_step(planned[number % len(planned)], feed)
         tag = f"global_step{engine.global_steps}"
