@@ -12,11 +12,21 @@ _NAMED = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIALS
 
 
 def save(vocabulary: Vocabulary, extractor: Any, folder: Path) -> None:
-    """Write feature extractor, tokenizer and vocabulary; `AutoProcessor` finds them."""
+    """Write feature extractor, tokenizer and vocabulary; `AutoProcessor` finds them.
+
+    transformers 4 refuses Whisper's extractor beside a CTC tokenizer: there `AutoFeatureExtractor` finds the one, and
+    `AutoTokenizer` the other.
+    """
     from transformers import Wav2Vec2Processor
 
     tokenizer = _of_pieces(vocabulary) if isinstance(vocabulary, Pieces) else _of_characters(vocabulary, folder)
-    Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+    try:
+        processor = Wav2Vec2Processor(extractor, tokenizer)
+    except TypeError:
+        extractor.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    else:
+        processor.save_pretrained(folder)
     if vocabulary.kind != "letters":
         vocabulary.save(folder)
 

@@ -104,7 +104,8 @@ def test_families(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         exports[name] = tmp_path / "exports" / name
         command = ["export", str(run.root), "--step", "5", "--target", str(exports[name])]
         assert worker.main(command) == 0
-        assert {p.suffix for p in exports[name].iterdir()} <= {".json", ".safetensors", ".model"}
+        # Nothing that unpickles. Of Whisper's tokenizer transformers 4.57 also writes merges.txt.
+        assert {p.suffix for p in exports[name].iterdir()} <= {".json", ".safetensors", ".model", ".txt"}
         assert not list(exports[name].glob("*adapter*"))
         models[name] = restored(run, 5, named[name][0], 1).eval()
     for name in made:
