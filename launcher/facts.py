@@ -1,8 +1,8 @@
 """What only torch and the packs can tell of a recipe, kept: the worker is asked once, and then only when the answer
 could be another.
 
-The worker takes seconds to import torch for it. Its answer follows from the packs, the model, the batch and the code,
-and is kept under a digest of these in the user's cache.
+The worker takes seconds to import torch for it. Its answer follows from the packs, the model, what of it learns, the
+batch and the code, and is kept under a digest of these in the user's cache.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def _digest(recipe: Recipe, world_size: int) -> str | None:
             "data": recipe.data.model_dump(mode="json"),
             "batch": recipe.batch.model_dump(mode="json"),
             "augment": recipe.augment.model_dump(mode="json"),
+            "lora": recipe.lora and recipe.lora.model_dump(mode="json"),
+            "freeze": [freeze.model_dump(mode="json") for freeze in recipe.freeze],
             "evaluate": recipe.evaluate.model_dump(mode="json"),
             "seed": recipe.seed,
             "world_size": world_size,

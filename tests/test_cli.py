@@ -146,6 +146,8 @@ def test_status(state: str, speechctl: Transcript, tmp_path: Path, golden: Golde
         ("resume-finished", "resume runs/stub", 0),
         ("stop-finished", "stop runs/stub", 2),
         ("evaluate-no-checkpoint", "evaluate runs/stub --checkpoint 5", 6),
+        ("evaluate-beam-without-lm", "evaluate runs/stub --lm-weight 1", 2),
+        ("evaluate-no-number", "evaluate runs/stub --lm 4.arpa --lm-weight nan", 2),
         ("evaluate-odd-checkpoint", "evaluate runs/stub --checkpoint newest", 6),
         ("export-no-checkpoint", "export runs/stub --checkpoint 5", 6),
         ("export-existing", "export runs/stub elsewhere", 2),

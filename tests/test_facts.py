@@ -52,6 +52,18 @@ def test_what_it_follows_from_makes_another(packed: Recipe) -> None:
     assert facts.known(changed(packed, "data", max_utterance=3.0), 2) is None
 
 
+@pytest.mark.parametrize(
+    "lines", ["lora: {rank: 4, targets: [qkv]}", "lora: {rank: 4, targets: [nose]}", "freeze: [{parts: [head]}]"]
+)
+def test_what_learns_makes_another(packed: Recipe, tmp_path: Path, lines: str) -> None:
+    """Also a part or a module that the model has not: the worker refuses it before there is a run."""
+    facts.remember(packed, 2, TOLD)
+    (tmp_path / "learning.yaml").write_text(f"{RECIPE}\n{lines}\n")
+    learning = recipe_file.absolute(recipe_file.load(tmp_path / "learning.yaml"), tmp_path)
+    assert facts.known(learning, 2) is None
+    assert facts.known(packed, 2) == TOLD
+
+
 def test_another_pack_or_a_damaged_one_is_asked_about(packed: Recipe) -> None:
     """A launch of a pack with a shard cut short must still be refused before it starts, not by its ranks."""
     facts.remember(packed, 2, TOLD)

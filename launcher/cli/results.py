@@ -12,6 +12,7 @@ from launcher.cli.arguments import AsJson, Average, RunPath, Step, Subsets, chos
 
 
 def evaluate(
+    context: typer.Context,
     run: RunPath,
     checkpoint: Step = "best",
     average: Average = None,
@@ -29,6 +30,7 @@ def evaluate(
 
     Greedy decoding, as in training; with --lm a beam search, which needs the extra `beam`.
     """
+    import math
     import re
 
     from launcher import tables, ui, verbs
@@ -37,6 +39,15 @@ def evaluate(
     from launcher.recipe_values import NAME
     from launcher.rundir import Run
 
+    for option in ("beam", "lm_weight", "word_score"):
+        source = context.get_parameter_source(option)
+        if lm is None and source is not None and source.name == "COMMANDLINE":
+            flag = "--" + option.replace("_", "-")
+            raise UsageError(
+                f"{flag} is for a beam search, and there is no --lm", hint=f"add --lm, or leave {flag} out"
+            )
+    if not (math.isfinite(lm_weight) and math.isfinite(word_score)):
+        raise UsageError("--lm-weight and --word-score take finite numbers", hint="such as --lm-weight 2")
     where = Run(run)
     of, named = chosen(where, checkpoint, average)
     refuse_foreign(where)

@@ -77,8 +77,12 @@ def _unigrams(lines: Iterator[str]) -> Iterator[str]:
         if inside and line.startswith("\\"):
             return
         if inside and (cells := line.split()):
+            if len(cells) < 2:
+                raise ValueError(f"among its unigrams is a line of one word, '{cells[0][:40]}'")
             yield cells[1]
         inside = inside or line.strip() == "\\1-grams:"
+    if not inside:
+        raise ValueError("it has no line \\1-grams:")
 
 
 class BeamSearch:
@@ -87,7 +91,7 @@ class BeamSearch:
     Raises:
         UsageError: the model is no CTC model.
         PreflightError: flashlight-text is not installed.
-        NotFoundError, DataError: as `words_of`.
+        NotFoundError, DataError: as `words_of`; or the n-gram is not whole, or only of single words.
     """
 
     def __init__(self, model: SpeechModel, options: Options) -> None:
@@ -115,17 +119,23 @@ class BeamSearch:
                 f"{word} {' '.join(vocabulary.tokens[i] for i in vocabulary.encode(word))} {BAR}\n" for word in words
             )
             lexicon.flush()
-            self.decoder = ctc_decoder(
-                lexicon=lexicon.name,
-                tokens=list(vocabulary.tokens),
-                lm=str(options.lm),
-                beam_size=options.beam,
-                lm_weight=options.lm_weight,
-                word_score=options.word_score,
-                blank_token=vocabulary.tokens[BLANK],
-                sil_token=BAR,
-                unk_word="<unk>",
-            )
+            try:
+                self.decoder = ctc_decoder(
+                    lexicon=lexicon.name,
+                    tokens=list(vocabulary.tokens),
+                    lm=str(options.lm),
+                    beam_size=options.beam,
+                    lm_weight=options.lm_weight,
+                    word_score=options.word_score,
+                    blank_token=vocabulary.tokens[BLANK],
+                    sil_token=BAR,
+                    unk_word="<unk>",
+                )
+            except RuntimeError as error:  # KenLM's; its last line says what is wrong, the others where in its source
+                raise DataError(
+                    f"{options.lm} cannot be used as an n-gram: {str(error).strip().splitlines()[-1]}",
+                    hint="give a whole ARPA file of at least bigrams, such as OpenSLR 11's 4-gram",
+                ) from error
 
     def __call__(self, tensors: dict[str, Tensor]) -> list[str]:
         """The text of each utterance of a batch on the model's device."""

@@ -98,6 +98,27 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.arpa").write_bytes(bytes(range(128, 256)))
     with pytest.raises(DataError, match="is no ARPA file"):
         words_of(tmp_path / "binary.arpa", Letters())
+    (tmp_path / "text.arpa").write_text("not an n-gram\n")
+    with pytest.raises(DataError, match=r"is no ARPA file: it has no line \\1-grams:"):
+        words_of(tmp_path / "text.arpa", Letters())
+    (tmp_path / "words.arpa").write_text("\\1-grams:\nTHE\n")
+    with pytest.raises(DataError, match="is no ARPA file: among its unigrams is a line of one word, 'THE'"):
+        words_of(tmp_path / "words.arpa", Letters())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ARPA.partition("\\2-grams:")[0],
+        ARPA.partition("\\2-grams:")[0].replace("ngram 2=3\n", "") + "\\end\\\n",
+        ARPA.replace("ngram 1=7", "ngram 1=9"),
+    ],
+    ids=["cut short", "single words", "wrong counts"],
+)
+def test_what_kenlm_cannot_load_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cut.arpa").write_text(text)
+    with pytest.raises(DataError, match=r"cut\.arpa cannot be used as an n-gram: [^\n]+$"):
+        BeamSearch(model(), Options(tmp_path / "cut.arpa"))
 
 
 def test_a_model_with_a_decoder_of_its_own_is_refused(arpa: Path) -> None:
