@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -188,14 +188,16 @@ def _locate(loc: tuple[str | int, ...]) -> tuple[Where, type[Section]]:
     where: Where = ()
     owner: type[Section] = Recipe
     inside: list[type[Section]] = [Recipe]
+    is_mapping = False
     for part in loc:
         if len(inside) > 1:
             inside = [section for section in inside if part in _tags(section)]
-        elif isinstance(part, int):  # of a list, of sections too
-            where = (*where, part)
+        elif isinstance(part, int) or is_mapping:  # of a list, of sections too; of a mapping, whose keys are anything
+            where, is_mapping = (*where, part), False
         elif inside:
             owner, where = inside[0], (*where, part)
-            inside = _sections(owner.model_fields.get(str(part)))
+            field = owner.model_fields.get(str(part))
+            inside, is_mapping = _sections(field), field is not None and get_origin(field.annotation) is dict
     return where, inside[0] if inside and len(loc) > len(where) else owner
 
 

@@ -361,3 +361,9 @@ def test_importing_the_reader_leaves_the_heavy_libraries_out() -> None:
         [sys.executable, "-c", code], cwd=GOLDEN.parents[2], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_a_value_in_a_mapping_is_named_by_its_key() -> None:
+    """It was `data.weights: expected at least 1, found a section`."""
+    said = refusal(VALID, "data.weights={train-clean-100: -2}")
+    assert "data.weights.train-clean-100: expected at least 1, found -2" in said
