@@ -185,6 +185,7 @@ class Steps:
         self.engine = engine
         self.each = each
         self.ranks = ranks
+        self.moments = moments(engine.groups, recipe.max_steps)
         self.done = hardest_step(engine.groups, recipe.max_steps)
 
     def one(self, tensors: Tensors) -> float:
@@ -202,10 +203,18 @@ class Steps:
         return time.monotonic() - began
 
     def warm_up(self, tensors: Tensors) -> None:
-        """
+        """Updates at every moment, those of the hardest step last: what is frozen by then has its moments from before,
+        or will have them besides.
+
         Raises:
             TrainingError: no step has a finite gradient.
         """
+        hardest = self.done
+        for moment in (*(m for m in self.moments if m != hardest), hardest):
+            self.done = moment
+            self._update(tensors)
+
+    def _update(self, tensors: Tensors) -> None:
         for _ in range(WARM_UP):
             self.one(tensors)
             if self.updated:
@@ -216,11 +225,19 @@ class Steps:
         )
 
 
+def moments(groups: Sequence[Group], max_steps: int) -> list[int]:
+    """How many steps are done when what learns changes, and at the beginning."""
+    found = {0, *(m for g in groups for f in g.frozen for m in (f.after_steps, f.until_steps) if m is not None)}
+    return sorted(m for m in found if m < max_steps)
+
+
 def hardest_step(groups: Sequence[Group], max_steps: int) -> int:
     """How many steps are done when most of the model learns at once: what is frozen by then has no gradients."""
-    moments = {0, *(m for g in groups for f in g.frozen for m in (f.after_steps, f.until_steps) if m is not None)}
-    learns = {m: sum(p.numel() for g in groups if not g.is_frozen(m) for p in g.parameters) for m in moments}
-    return max((m for m in sorted(moments) if m < max_steps), key=lambda m: learns[m])
+    learns = {
+        m: sum(p.numel() for g in groups if not g.is_frozen(m) for p in g.parameters)
+        for m in moments(groups, max_steps)
+    }
+    return max(learns, key=lambda m: learns[m])
 
 
 def fit(options: argparse.Namespace) -> int:

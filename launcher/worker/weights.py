@@ -74,7 +74,7 @@ def ema_of(run: Run, step: int, model: SpeechModel) -> Weights:
         shards = Shards(folder / "deepspeed", int(stage), identity["world_size"])
         for name, size in shards.sizes().items():
             weights[name] = shards.read(EMA, name, 0, size).view(parameters[name].shape)
-        return weights
+        return _tied(weights, model)
     if stage == "off":
         saved = torch.load(folder / "accelerate.pt", map_location="cpu", weights_only=True)["optimizer"]
     else:
@@ -88,6 +88,16 @@ def ema_of(run: Run, step: int, model: SpeechModel) -> Weights:
     for number, name in zip(numbers, in_order, strict=True):
         if EMA in (state := saved["state"].get(number, {})):
             weights[name] = state[EMA].view(parameters[name].shape)
+    return _tied(weights, model)
+
+
+def _tied(weights: Weights, model: SpeechModel) -> Weights:
+    """With what the optimizer has under the first name of a parameter under its others, too: a checkpoint has tied
+    weights under each, and loading takes the last."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name != (known := first.setdefault(id(parameter), name)) and name in weights:
+            weights[name] = weights[known]
     return weights
 
 

@@ -29,9 +29,9 @@ from launcher.worker.learning import part_of
 from launcher.worker.models import build, load_export
 from launcher.worker.pack import write_pack
 from launcher.worker.shards import Shards
-from launcher.worker.weights import ema_of, weights_of
+from launcher.worker.weights import ema_of, restored, weights_of
 from tests.conftest import count, make_corpus
-from tests.worker import worlds
+from tests.worker import backbones, worlds
 from tests.worker.harm import Harm
 from tests.worker.runs import events, state_digest
 
@@ -357,3 +357,22 @@ def test_an_export_has_the_average(whole: dict[str, Run], way: str, tmp_path: Pa
     batch = reference.collate(noise, ["HELLO", "A", "B"])
     (_, mine), (_, theirs) = (model(batch, transcribe=True) for model in (exported, reference))
     assert mine == theirs and any(mine)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", ["off", "2", "3"])
+def test_tied_weights_have_their_average(packed: Path, stage: str, tmp_path: Path) -> None:
+    """Whisper's embeddings are its output projection, and a checkpoint has them under both names. A model of the
+    average had those of the last step."""
+    backbone = backbones.whisper(backbones.make_whisper(tmp_path / "whisper", seconds=3))
+    batch = {"step_seconds": 60, "max_rank_seconds": 60}
+    changes = {"max_steps": 2, "batch": batch, "checkpoint": {"every_steps": 2}}
+    optimizer = {"learning_rate": 0.1, "ema": 0.9}
+    run = worlds.prepare(tmp_path / "run", packed, backbone, stage, "fp32", optimizer=optimizer, **changes)
+    worlds.train(1, [run.new_attempt()])
+    average, trained = ema_of(run, 2, as_trained(run)), weights_of(run, 2)
+    loaded = restored(run, 2, backbone, 1, ema=True).state_dict()
+    embeddings = [name for name in loaded if name.endswith(("embed_tokens.weight", "proj_out.weight"))]
+    assert len(embeddings) == 2
+    assert not any(torch.equal(average[name], trained[name]) for name in embeddings)
+    assert all(torch.equal(loaded[name], average[embeddings[0]]) for name in embeddings)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from launcher.rundir import read_lines
 from launcher.worker import fit
 from launcher.worker.learning import Group
 from tests.conftest import RECIPE
+from tests.test_plan import recipe
 
 
 def ended_with(error: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -83,3 +85,22 @@ def test_steps_are_tried_where_most_learns(groups: list[Group], expected: int) -
     """fairseq's recipes learn the head alone for 10,000 steps: a budget found there does not hold for the rest. A part
     that learns only behind the end of the run never does."""
     assert fit.hardest_step(groups, max_steps=100) == expected
+
+
+def test_all_that_ever_learns_has_its_moments_before_anything_is_measured() -> None:
+    """A part that learns first and one that learns then never have gradients together, but the run keeps the moments
+    of both: a trial of the larger one alone found a budget that did not hold."""
+    groups = [group(5, Freeze(parts=["*"], after_steps=10)), group(9, Freeze(parts=["*"], until_steps=10))]
+    updated: list[int] = []
+    engine = SimpleNamespace(
+        groups=groups,
+        device=torch.device("cpu"),
+        model=SimpleNamespace(begin=lambda *_: None),
+        begin=updated.append,
+        backward=lambda *_, **__: None,
+        step=lambda _: 1.0,
+    )
+    steps = fit.Steps(cast(Any, engine), recipe(max_steps=100), cast(Any, None), each=1)
+    steps.warm_up({"inputs": torch.zeros(1)})
+    assert all(any(not g.is_frozen(done) for done in updated) for g in groups)
+    assert updated[-1] == steps.done == 10
