@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -29,10 +30,26 @@ app = typer.Typer(
 )
 
 
+class Ended(BaseException):
+    """A signal that ends this process came: on the way out everybody clears up, as after Ctrl-C."""
+
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _end(number: int, _: object) -> None:
+    for other in ENDING:
+        signal.signal(other, signal.SIG_IGN)  # a terminal that closes sends several
+    raise Ended(number)
+
+
 def main() -> None:
     """The entry point: every failure ends as one text with a hint and the exit code of its class."""
     from launcher.errors import AlreadyTold, ExitCode, SpeechctlError
 
+    for number in ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup one of them is ignored
+            signal.signal(number, _end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to fail
@@ -50,6 +67,10 @@ def main() -> None:
         sys.exit(ExitCode.USAGE)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except Ended as ended:
+        number = ended.args[0]
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # whoever waits for us sees what ended us
     except BrokenPipeError:
         os._exit(141)
     except Exception:

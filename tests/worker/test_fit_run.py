@@ -112,8 +112,12 @@ def test_nothing_fits(root: Path, tmp_path: Path) -> None:
         assert "ended by SIGKILL, taken for the kernel's, for want of memory" in said
 
 
-def test_ctrl_c_in_the_middle_of_a_trial(root: Path, tmp_path: Path) -> None:
-    """Two ranks under ZeRO 2, once both have made steps: nothing is left of them."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGHUP, -1)])
+def test_a_signal_in_the_middle_of_a_trial(root: Path, tmp_path: Path, number: int, code: int) -> None:
+    """Two ranks under ZeRO 2, once both have made steps: nothing is left of them, nor of what they wrote.
+
+    Ctrl-C alone cleared up; a service that is stopped and a terminal that is closed left two directories in /tmp.
+    """
     with own_place(tmp_path) as env:
         options = ["--ranks", "2", "--set", "zero_stage=2", "--set", "batch.max_rank_seconds=12"]
         with subprocess.Popen(
@@ -121,9 +125,9 @@ def test_ctrl_c_in_the_middle_of_a_trial(root: Path, tmp_path: Path) -> None:
         ) as command:
             wait_for(lambda: [len(rows) for rows in shapes_in(tmp_path / "tmp")] > [0, 0], command)
             family = {p.pid for p in psutil.Process(command.pid).children(recursive=True)}
-            command.send_signal(signal.SIGINT)
+            command.send_signal(number)
             said = command.communicate(timeout=60)[1]
-        assert command.returncode == 130, said
+        assert command.returncode == code, said
         assert "Traceback" not in said
         assert len(family) >= 2 and gone(family, within_s=2)
 
