@@ -45,15 +45,15 @@ class Watch:
             on: note the environment of every process on its hosts, too; the desk is none.
         """
         over = threading.Event()
-        desk = on and os.readlink(f"/proc/{on.inside['desk']}/ns/pid")
-        ours = {os.readlink("/proc/self/ns/pid"), desk}
+        # Of this cluster alone: another test beside this one may have the same values, and give them to its ranks.
+        hosts = {os.readlink(f"/proc/{on.inside[name]}/ns/pid") for name in on.hosts} if on is not None else set()
 
         def look() -> None:
             while not over.wait(0.02):
                 for path in Path("/proc").glob("[0-9]*/cmdline"):
                     with suppress(OSError):
                         self.seen.add(path.read_bytes())
-                        if on is not None and os.readlink(path.with_name("ns") / "pid") not in ours:
+                        if hosts and os.readlink(path.with_name("ns") / "pid") in hosts:
                             self.environments.add(path.with_name("environ").read_bytes())
 
         thread = threading.Thread(target=look)
