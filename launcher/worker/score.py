@@ -143,14 +143,15 @@ def score(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 def interval(speakers: Sequence[int], some: Sequence[Errors]) -> dict[str, Any] | None:
     """Where the WER lies with other speakers of the same kind: percentiles of the WER over speakers drawn with
-    replacement. None where there is one speaker, or no word. Draws from dice of its own, the same every time."""
+    replacement. None where fewer than two speakers have a word. Draws from dice of its own, the same every time."""
     names, which = np.unique(np.asarray(speakers), return_inverse=True)
     errors = np.bincount(which, [row.errors for row in some], len(names))
     words = np.bincount(which, [row.words for row in some], len(names))
-    if len(names) < 2 or not words.all():
+    if (words > 0).sum() < 2:
         return None
     drawn = np.random.default_rng(0).integers(0, len(names), (RESAMPLES, len(names)))
-    wers = errors[drawn].sum(1) / words[drawn].sum(1)
+    said = words[drawn].sum(1)
+    wers = errors[drawn].sum(1)[said > 0] / said[said > 0]
     low, high = np.quantile(wers, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"low": float(low), "high": float(high), "level": LEVEL, "resamples": RESAMPLES, "speakers": len(names)}
 

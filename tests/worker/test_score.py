@@ -175,3 +175,5 @@ def test_the_interval_is_over_speakers() -> None:
     random.random()
     assert interval(speakers, odd) == found
     assert interval([7, 7], even[:2]) is None
+    silent = interval([*speakers, 99], [*odd, wrong(0, 0)])  # a normalizer empties what is nothing but "hmm"
+    assert silent is not None and silent["low"] == pytest.approx(found["low"], abs=0.005)
