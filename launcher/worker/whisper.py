@@ -25,7 +25,10 @@ MAX_SAMPLES = 30 * SAMPLE_RATE_HZ
 HEAD = "ctc_head.safetensors"
 """`weight` and `bias` of the head over Whisper's encoder, beside the encoder that transformers loads."""
 
-_SAMPLES_A_FRAME = 320  # 10 ms of spectrum, and a convolution of stride 2
+HOP = 160
+"""Samples from one column of a spectrum to the next: 10 ms."""
+
+_SAMPLES_A_FRAME = 2 * HOP  # a convolution of stride 2
 
 
 def _source(backbone: schema.Whisper | schema.WhisperCtc) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def _hidden(backbone: schema.Whisper | schema.WhisperCtc, tensors: Tensors, dice
     if not backbone.spec_augment:
         return tensors
     spectra = tensors["inputs"]
-    frames = [spectra.shape[2]] * len(spectra)
+    frames = (-(-tensors["lengths"] // HOP)).clamp(1, spectra.shape[2]).tolist()
     spans = masking.spec_spans(dice, frames, spectra.shape[1], widest_time=100, widest_band=27)
     return {**tensors, "inputs": masking.hidden_by(spectra, spans[masking.TIME_SPAN], spans[masking.BAND_SPAN])}
 
@@ -103,7 +106,8 @@ class WhisperModel(SpeechModel):
         start, limit = self.model.config.decoder_start_token_id, self.model.config.max_target_positions
         labels = [torch.tensor(row[1:] if row[0] == start else row)[:limit] for row in rows]
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        return {"inputs": _spectra(self.extractor, waveforms), "labels": padded}
+        lengths = torch.tensor([len(w) for w in waveforms], dtype=torch.int64)
+        return {"inputs": _spectra(self.extractor, waveforms), "lengths": lengths, "labels": padded}
 
     def augment(self, tensors: Tensors, dice: masking.Dice) -> Tensors:
         assert isinstance(self.backbone, schema.Whisper)
