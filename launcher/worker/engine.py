@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.committer import File
-from launcher.errors import PreflightError
+from launcher.errors import PreflightError, TrainingError
 from launcher.recipe import Recipe
 from launcher.worker.adamw import AdamW
 from launcher.worker.backbone import SpeechModel
@@ -170,6 +170,14 @@ def poisoned(total: Tensor, factor: float) -> Tensor:
     return total * (total.detach() * 0 + factor)
 
 
+def out_of_scale() -> TrainingError:
+    """fp16 has nothing left to scale down."""
+    return TrainingError(
+        "the gradient overflows fp16 although the loss is scaled down as far as it goes",
+        hint="say precision: bf16 in a new run, or `speechctl resume RUN --set optimizer.learning_rate=…`, a lower one",
+    )
+
+
 def check_precision(recipe: Recipe, device: torch.device) -> None:
     """
     Raises:
@@ -239,6 +247,8 @@ class AccelerateEngine(Engine):
         if math.isfinite(norm) or scales:  # a scaler steps by itself, or scales down
             optimizer.step()
         optimizer.zero_grad()
+        if scales and not math.isfinite(norm) and self.accelerator.scaler.get_scale() < 1:
+            raise out_of_scale()
         return norm if math.isfinite(norm) else math.nan
 
     @property

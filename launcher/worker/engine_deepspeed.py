@@ -14,13 +14,12 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
 from launcher.committer import File
-from launcher.errors import TrainingError
 from launcher.recipe import Recipe
 from launcher.worker import partitioned
 from launcher.worker.adamw import AdamW
 from launcher.worker.backbone import SpeechModel
 from launcher.worker.data import Tensors, to_device
-from launcher.worker.engine import Engine, poisoned
+from launcher.worker.engine import Engine, out_of_scale, poisoned
 from launcher.worker.host_memory import HostMemory
 from launcher.worker.learning import groups, optimizer_for, set_rates
 from launcher.worker.ranks import Ranks
@@ -111,10 +110,7 @@ class DeepSpeedEngine(Engine):
         except Exception as error:
             if "loss scale already at minimum" not in str(error):  # it has no type of its own
                 raise
-            raise TrainingError(
-                "the gradient overflows fp16 although the loss is scaled down as far as it goes",
-                hint="say precision: bf16, or lower optimizer.learning_rate",
-            ) from error
+            raise out_of_scale() from error
         if getattr(self.optimizer, "overflow", False):
             return math.nan
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
