@@ -1,4 +1,5 @@
-"""A run that goes on with more ranks or fewer, or on other machines: what may change, and how that is written down."""
+"""A run that goes on with more ranks or fewer, on other machines, or with less memory: what may change, and how that is
+written down."""
 
 from __future__ import annotations
 
@@ -12,18 +13,30 @@ from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.rundir import Run
 
+MAY_CHANGE = (
+    "batch.max_rank_seconds",
+    "activation_checkpointing",
+    "evaluate.batch_seconds",
+    "optimizer.learning_rate",
+    "optimizer.grad_clip",
+    "optimizer.nonfinite_patience",
+)
+"""Besides `launch`: what a run that ran out of memory, or is not finite any more, would otherwise be stuck with. None
+of it decides which weights, states or utterances there are; the rest of an epoch is cut anew where it has to be."""
+
 
 def refuse_others(run: Run, overrides: Sequence[str]) -> None:
     """
     Raises:
-        UsageError: something else than how the run is launched would change: half of it would be of another recipe.
+        UsageError: something else would change: half of the run would be of another recipe.
     """
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if not key.startswith("launch."):
+        if not key.startswith("launch.") and key not in MAY_CHANGE:
             raise UsageError(
                 f"--set {key} at a resume: {run.root} goes on with the recipe that it was launched with",
-                hint="only launch.… may change, such as --set launch.processes=4; for other values launch another run",
+                hint=f"only launch.… may change, such as --set launch.processes=4, and {', '.join(MAY_CHANGE)}; for"
+                " other values launch another run",
             )
 
 

@@ -114,7 +114,7 @@ def resume(
 ) -> int | ExitCode:
     """
     Args:
-        overrides: of `launch` alone; they stay.
+        overrides: of what may change (`reshape.py`); they stay.
 
     Returns:
         the exit code of the command.

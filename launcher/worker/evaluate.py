@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from launcher.worker.adamw import EMA
 from launcher.worker.backbone import CtcModel, SpeechModel
 from launcher.worker.data import Tensors, Utterances, ahead
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
+from launcher.worker.out_of_memory import memory_errors, of_evaluation
 from launcher.worker.ranks import Ranks
 from launcher.worker.sampler import evaluation_batches
 from launcher.worker.score import Scored, count, normalizer, tables
@@ -54,6 +56,7 @@ class Evaluator:
     """The evaluation subsets of a run, ready to be computed."""
 
     def __init__(self, recipe: schema.Recipe, model: SpeechModel, ranks: Ranks) -> None:
+        self.recipe = recipe
         self.cadence = recipe.evaluate
         self.weights = "trained" if recipe.optimizer.ema is None else EMA
         """Which weights evaluations of training score."""
@@ -104,11 +107,16 @@ class Evaluator:
         for number, tensors in enumerate(ahead(self._load, work)):
             if stop():
                 return None
-            losses, texts = infer(tensors)
+            with memory_errors(partial(self._in_words, work[number]), self.recipe, of_evaluation):
+                losses, texts = infer(tensors)
             if number < kept:
                 rows = zip(work[number].tolist(), losses.tolist(), texts, strict=True)
                 results += [(int(i), float(loss), text) for i, loss, text in rows]
         return results
+
+    def _in_words(self, indices: Any) -> str:
+        longest = float(self.utterances.lengths["n_samples"][indices].max()) / SAMPLE_RATE_HZ
+        return f"an evaluation, on {len(indices)} utterances of up to {longest:.1f} s"
 
     def _load(self, indices: Any) -> Tensors:
         examples = [self.utterances.example(int(i)) for i in indices]

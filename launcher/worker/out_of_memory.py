@@ -14,8 +14,13 @@ from launcher.worker.sampler import MicroBatch
 
 
 @contextmanager
-def memory_errors(what: str | Callable[[], str], recipe: Recipe) -> Iterator[None]:
+def memory_errors(
+    what: str | Callable[[], str], recipe: Recipe, remedy: Callable[[Recipe], str] | None = None
+) -> Iterator[None]:
     """
+    Args:
+        remedy: what to change; by default `of_training`.
+
     Raises:
         MemoryExhausted: in the place of whatever says that memory ran out. The traceback keeps the first.
     """
@@ -25,7 +30,9 @@ def memory_errors(what: str | Callable[[], str], recipe: Recipe) -> Iterator[Non
         if not is_of_memory(error):
             raise
         said = what if isinstance(what, str) else what()
-        raise MemoryExhausted(f"out of memory in {said}: {first_line(error)}", hint=remedy(recipe)) from error
+        raise MemoryExhausted(
+            f"out of memory in {said}: {first_line(error)}", hint=(remedy or of_training)(recipe)
+        ) from error
 
 
 def is_of_memory(error: BaseException) -> bool:
@@ -40,21 +47,31 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
-def remedy(recipe: Recipe) -> str:
+def of_training(recipe: Recipe) -> str:
     """What to change, the cheapest first."""
+    seconds = recipe.batch.max_rank_seconds
     ways = [
-        f"lower batch.max_rank_seconds, {recipe.batch.max_rank_seconds:g} now: the same step in smaller micro-batches"
-        " (`speechctl fit RECIPE` finds the largest that fits)"
+        f"lower batch.max_rank_seconds, {seconds:g} now: the same step in smaller micro-batches, such as `speechctl"
+        f" resume RUN --set batch.max_rank_seconds={seconds / 2:g}` (`speechctl fit RECIPE` finds the largest that"
+        " fits)"
     ]
     if not recipe.activation_checkpointing:
-        ways.append("activation_checkpointing: true")
+        ways.append("`resume RUN --set activation_checkpointing=true`")
+    other = []
     if recipe.zero_stage in ("off", 0, 1, 2):
-        ways.append(f"a higher zero_stage than {recipe.zero_stage}")
+        other.append(f"a higher zero_stage than {recipe.zero_stage}")
     elif not recipe.offload.optimizer:
-        ways.append("offload.optimizer: true")
+        other.append("offload.optimizer: true")
+    other.append(f"no utterances longer than data.max_utterance, {recipe.data.max_utterance:g} s now")
+    return f"{'; or '.join(ways)}; or, in a new run, {', or '.join(other)}"
+
+
+def of_evaluation(recipe: Recipe) -> str:
+    """The same, where it ran out in an evaluation."""
+    seconds = recipe.evaluate.batch_seconds
     return (
-        "; or ".join(ways)
-        + f"; or leave out utterances longer than data.max_utterance, {recipe.data.max_utterance:g} s"
+        f"lower evaluate.batch_seconds, {seconds:g} now, such as `speechctl resume RUN --set"
+        f" evaluate.batch_seconds={seconds / 2:g}`; an utterance that is longer is evaluated alone"
     )
 
 

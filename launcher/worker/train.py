@@ -353,8 +353,8 @@ class Training:
             self.settle()  # of a step that was sound
             raise TrainingError(
                 f"{message}; so it was in {in_row} steps in a row, and optimizer.nonfinite_patience is {patience}",
-                hint="look at these utterances; lower optimizer.learning_rate or optimizer.grad_clip. The weights are"
-                " as they were before these steps, and so is the newest checkpoint",
+                hint="look at these utterances; `speechctl resume RUN --set optimizer.learning_rate=…` goes on from the"
+                " newest checkpoint, which is of before, with a lower one; so does optimizer.grad_clip",
             )
 
     def _tell_pace(self) -> None:
@@ -474,7 +474,8 @@ class Training:
         if self.ranks.sum([float(not self.engine.is_sound())])[0]:
             raise TrainingError(
                 f"step {progress.step}: the weights are not finite, and are not saved",
-                hint="lower optimizer.learning_rate, then `speechctl resume`: the newest checkpoint is sound",
+                hint="the newest checkpoint is sound: `speechctl resume RUN --set optimizer.learning_rate=…` goes on"
+                " from it with a lower one",
             )
         began = time.monotonic()
         self.record.event("saving", step=progress.step)

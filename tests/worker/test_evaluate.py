@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from launcher import recipe as schema
+from launcher.errors import MemoryExhausted
 from launcher.rundir import Run, read_json, read_lines
 from launcher.worker.cadence import Moment, is_due
 from launcher.worker.engine import Engine
@@ -146,6 +149,9 @@ def test_an_evaluation_that_draws_is_not_noticed(tiny_corpus: Path, tmp_path: Pa
         def alone(self) -> Any:
             return one.model
 
+        def averaged(self) -> Any:
+            return nullcontext()
+
         def infer(self, tensors: Any, alone: Any = None) -> Any:
             torch.rand(3), np.random.rand(3), random.random()
             with torch.no_grad():
@@ -226,3 +232,17 @@ def test_what_did_not_come_exactly_once_is_not_published(tiny_corpus: Path, tmp_
     with pytest.raises(RuntimeError, match="results for 17 utterances"):
         one.publish(tmp_path / "out" / "step-00000003.json", 3, rows, attempt=1, blocked_s=1.0)
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_names_the_batch_and_the_setting(tiny_corpus: Path, tmp_path: Path) -> None:
+    """It said to lower batch.max_rank_seconds, which does nothing for an evaluation, and not which batch it was; on a
+    CPU it was taken for an error of the training code."""
+    one = evaluator(tiny_corpus, tmp_path / "packs", Ranks(), batch_seconds=3)
+
+    def infer(_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:123] DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(MemoryExhausted) as raised:
+        one.compute(infer, lambda: False)
+    assert re.search(r"out of memory in an evaluation, on \d+ utterances of up to \d+\.\d s: ", raised.value.message)
+    assert "evaluate.batch_seconds, 3 now" in raised.value.hint and "max_rank" not in raised.value.hint

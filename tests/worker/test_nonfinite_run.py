@@ -6,12 +6,17 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from launcher.errors import TrainingError
 from launcher.rundir import Run, read_json, read_lines
 from launcher.sealing import manifest_of
 from launcher.worker import pack
+from launcher.worker.engine import AccelerateEngine
 from launcher.worker.weights import weights_of
 from tests.conftest import make_corpus
 from tests.worker.runs import events, speechctl
@@ -25,7 +30,7 @@ data: {{corpus: {root}/LibriSpeech, packs: {root}/packs, train: [train-clean-100
 backbone: {{kind: tiny-ctc, hidden: 16, layers: 1}}
 zero_stage: off
 max_steps: 9
-batch: {{step_seconds: 6s, max_rank_seconds: 3s}}
+batch: {{step_seconds: 12s, max_rank_seconds: 6s}}
 optimizer: {{learning_rate: 1e-3, nonfinite_patience: 2}}
 evaluate: {{subsets: [dev-clean]}}
 checkpoint: {{every_steps: 3}}
@@ -56,7 +61,8 @@ if os.environ.get("RANK") == "1" and "train" in sys.orig_argv:
 def test_it_ends_and_goes_on_from_what_is_sound(tmp_path: Path) -> None:
     """First rank 1 hears what is not a number, from step 5 on: the third such step in a row ends the run, with exit
     code 1, and `why` names the utterance. Then one of its weights is infinite at the last step: nothing is sealed.
-    After both, `resume` finishes from the newest checkpoint."""
+    After both, `resume` finishes from the newest checkpoint; with a lower rate and in smaller micro-batches, as it was
+    told: both were refused, so that a run that came to this could only be thrown away."""
     make_corpus(tmp_path / "LibriSpeech")
     for subset in ("train-clean-100", "dev-clean"):
         pack.write_pack(tmp_path / "LibriSpeech", subset, tmp_path / "packs" / subset, 2**20, 1, lambda line: None)
@@ -95,13 +101,38 @@ def test_it_ends_and_goes_on_from_what_is_sound(tmp_path: Path) -> None:
     assert [row["step"] for row in read_lines(second.metrics)] == [7, 8, 9]
     assert not any(row.get("left_out") for row in read_lines(second.metrics))
 
-    done = speechctl("resume", "runs/bad", cwd=tmp_path)
+    changed = ["--set", "optimizer.learning_rate=5e-4", "--set", "batch.max_rank_seconds=3s"]
+    done = speechctl("resume", "runs/bad", *changed, "--set", "activation_checkpointing=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     third = run.attempts()[2]
     assert read_json(third.exit) == {"code": 0, "step": 9, "sealed_step": 9}
-    assert [e["step"] for e in events(third, "started")] == [6]
-    assert [row["loss"] for row in read_lines(third.metrics)] == [row["loss"] for row in read_lines(second.metrics)]
+    assert [(e["step"], e["accumulation"]) for e in events(third, "started")] == [(6, 2)]
+    rates = [[row["learning_rate"] for row in read_lines(a.metrics)] for a in (second, third)]
+    assert rates[1] == pytest.approx([rate / 2 for rate in rates[0]])
     assert all(bool(w.isfinite().all()) for step in run.sealed_steps() for w in weights_of(run, step).values())
     assert math.isfinite(read_json(run.evaluation(9))["wer"])
     done = speechctl("audit", "runs/bad", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_fp16_that_cannot_be_scaled_down_any_further_ends() -> None:
+    """Without ZeRO torch's scaler halves its scale for ever, and every step is left out; DeepSpeed has a floor."""
+    scale = [4.0]
+    scaler = SimpleNamespace(get_scale=lambda: scale[0])
+    accelerator = SimpleNamespace(scaler=scaler, unscale_gradients=lambda _: None)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    inner = torch.optim.SGD([weight])
+
+    def step() -> None:
+        scale[0] /= 2
+
+    optimizer = SimpleNamespace(param_groups=[], step=step, zero_grad=inner.zero_grad)
+    rank: Any = SimpleNamespace(
+        accelerator=accelerator, optimizer=optimizer, parameters=[weight], groups=[], grad_clip=0, done=0
+    )
+    for _ in range(2):  # 4 to 1
+        weight.grad = torch.tensor([math.inf])
+        assert math.isnan(AccelerateEngine.step(rank, 0.1))
+    weight.grad = torch.tensor([math.inf])
+    with pytest.raises(TrainingError, match="overflows fp16"):
+        AccelerateEngine.step(rank, 0.1)

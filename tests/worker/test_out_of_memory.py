@@ -19,7 +19,7 @@ def test_the_batch_and_the_setting_are_named(error: Exception) -> None:
         raise error
     assert raised.value.message == f"out of memory in step 7, on 12 utterances: {str(error).splitlines()[0]}"
     assert "batch.max_rank_seconds, 200 now" in raised.value.hint
-    assert "activation_checkpointing: true" in raised.value.hint and "zero_stage than 2" in raised.value.hint
+    assert "--set activation_checkpointing=true" in raised.value.hint and "zero_stage than 2" in raised.value.hint
     assert raised.value.exit_code == ExitCode.OUT_OF_MEMORY
     assert raised.value.__cause__ is error
 
