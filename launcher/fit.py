@@ -66,7 +66,7 @@ def fit(
 
     Raises:
         UsageError: there are fewer GPUs than ranks, or the longest utterance is longer than a rank's share of a step.
-        MemoryExhausted: not even the longest utterance alone fits.
+        MemoryExhausted: not even the longest utterance alone fits, or the run's evaluation does not.
     """
     gpus = environment.gpu_count(recipe.launch.device)
     if gpus and ranks > gpus:
@@ -90,6 +90,8 @@ def fit(
 
     made = search(attempt, min(low, high), recipe.batch.max_rank_seconds, high)
     fitting = [trial for trial in made if trial.fits]
+    if not fitting and made[-1].is_for_evaluation:
+        raise evaluation_does_not_fit(recipe, made[-1], ranks)
     if not fitting:
         raise nothing_fits(recipe, made[-1], ranks, plan.state_bytes_per_rank)
     best = max(fitting, key=lambda trial: trial.max_rank_seconds)
@@ -114,7 +116,7 @@ def _unlimited(recipe: Recipe, path: Path, ranks: int) -> tuple[Plan, float]:
 
 def search(attempt: Callable[[float], Trial], low: float, first: float, high: float) -> list[Trial]:
     """Trials, until the largest budget between `low` and `high` that fits is known to `PRECISION`, or `high` fits, or
-    `low` does not.
+    `low` does not, or an evaluation does not that has not fitted before: it takes the same under every budget.
 
     Args:
         first: where to begin.
@@ -129,6 +131,8 @@ def search(attempt: Callable[[float], Trial], low: float, first: float, high: fl
         else:
             bad = trial
         if (good and good.max_rank_seconds >= high) or (bad and bad.max_rank_seconds <= low):
+            return made
+        if good is None and trial.is_for_evaluation:
             return made
         fitting = sorted((t for t in made if t.fits), key=lambda t: t.max_rank_seconds)
         predicted = _predicted(fitting)
@@ -262,4 +266,19 @@ def nothing_fits(recipe: Recipe, trial: Trial, ranks: int, state_bytes: int) -> 
         f" on {tried}, {ui.counted(ranks, 'rank')} on {trial.device}: {trial.why}; {in_bytes(trial.limit_bytes)} may be"
         f" used, and model states alone take {in_bytes(state_bytes)}",
         hint=f"{'; or '.join([*ways, 'a smaller data.max_utterance'])}; or more --memory",
+    )
+
+
+def evaluation_does_not_fit(recipe: Recipe, trial: Trial, ranks: int) -> MemoryExhausted:
+    """No budget of training helps: which batch it was, and what to change."""
+    shape = trial.ran_out_on
+    assert shape is not None
+    ways = ["evaluate.mode: sidecar"]
+    if shape["utterances"] > 1:
+        ways.insert(0, f"lower evaluate.batch_seconds, {recipe.evaluate.batch_seconds:g} now")
+    return MemoryExhausted(
+        f"the run's evaluation does not fit, whatever batch.max_rank_seconds is: on an evaluation batch of"
+        f" {shape['utterances']} x {shape['seconds']:.2f} s, {ui.counted(ranks, 'rank')} on {trial.device}:"
+        f" {trial.why}; {in_bytes(trial.limit_bytes)} may be used",
+        hint=f"{'; or '.join(ways)}; or more --memory",
     )

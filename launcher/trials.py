@@ -1,4 +1,5 @@
-"""Trials of `speechctl fit`: real steps under one budget, in processes of their own on this machine, watched and ended.
+"""Trials of `speechctl fit`: real steps under one budget and real batches of the run's evaluations, in processes of
+their own on this machine, watched and ended.
 
 An out of memory ends the processes, and so leaves nothing behind. They have no session of ours, are killed when this
 process dies, and say what they find in files of a directory that is gone with the trial.
@@ -51,16 +52,23 @@ class Trial:
     lasted_s: float
     shapes: list[dict[str, Any]] = field(default_factory=list)
     """Rank 0's, as they were tried: `shape`, `utterances`, `seconds`, `chars` and what each took."""
+    ran_out_on: dict[str, Any] | None = None
+    """The shape on which it does not fit; None also where that was before the first."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @property
     def hardest(self) -> dict[str, Any] | None:
-        """The shape that took most; where it does not fit, the one that it came to."""
+        """The shape that took most; where it does not fit, the one that was too much."""
         if not self.fits:
-            return self.shapes[-1] if self.shapes else None
+            return self.ran_out_on
         return max(self.shapes, key=lambda s: s.get("allocated_bytes", s["peak_bytes"]))
+
+    @property
+    def is_for_evaluation(self) -> bool:
+        """It does not fit, and what does not is an evaluation of the run."""
+        return self.ran_out_on is not None and self.ran_out_on["shape"].startswith("evaluation")
 
 
 class Trials:
@@ -168,6 +176,7 @@ class Trials:
             padded_s_per_s=None if why else timed[-1]["padded_s"] / timed[-1]["step_s"],
             lasted_s=round(lasted_s, 2),
             shapes=_by_shape(said[0]),
+            ran_out_on=_ran_out_on(said, self.host_limit) if why else None,
         )
 
     def _refuse(self, folder: Path, codes: Sequence[int]) -> NoReturn:
@@ -201,6 +210,15 @@ def _by_shape(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row = rows[line["shape"]]
             row |= {k: max(v, row.get(k, 0)) if k.endswith("_bytes") else v for k, v in line.items()}
     return list(rows.values())
+
+
+def _ran_out_on(said: Sequence[Sequence[dict[str, Any]]], limit: int) -> dict[str, Any] | None:
+    """What the ranks had in hand when memory ran out: a shape that is known to have taken more than the limit, whatever
+    began before that was seen; or one that a rank did not come back from; or the first, which is also timed at last."""
+    rows = [row for of_rank in said for row in _by_shape(of_rank)]
+    over = [row for row in rows if limit and row.get("host_peak_bytes", 0) > limit]
+    unfinished = [row for row in rows if "peak_bytes" not in row]
+    return next(iter(over + unfinished + rows), None)
 
 
 class Watched:

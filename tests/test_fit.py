@@ -96,21 +96,42 @@ def test_where_the_smallest_does_not_fit_nothing_does() -> None:
     assert not any(t.fits for t in made)
 
 
+@pytest.mark.parametrize("evaluation_fits_to", [0.0, 40.0])
+def test_an_evaluation_that_does_not_fit_ends_the_search(evaluation_fits_to: float) -> None:
+    """It takes the same under every budget. Where it has fitted under one, a larger one has left it no room: that is
+    for the search."""
+    device = Device("straight", 100.0)
+
+    def attempt(budget: float) -> Trial:
+        trial = device(budget)
+        shape = {"shape": "evaluation", "utterances": 8, "seconds": 15.0, "chars": 90}
+        return replace(trial, fits=False, ran_out_on=shape) if trial.fits and budget > evaluation_fits_to else trial
+
+    made = fit.search(attempt, 1.62, 200.0 if not evaluation_fits_to else 20.0, 1024.0)
+    if evaluation_fits_to:
+        assert 0.95 * 40 <= max(t.max_rank_seconds for t in made if t.fits) <= 40
+    else:
+        assert device.tried == [200.0, 100.0], "nothing is known of it while training itself does not fit"
+        assert made[-1].is_for_evaluation and not made[0].is_for_evaluation
+
+
 # In words -------------------------------------------------------------------------------------------------------------
 
 
 def trial(budget: float, peak: int, speed: float | None) -> Trial:
     shape = {"shape": "longest, most sound", "utterances": int(budget // 15), "seconds": 15.0, "chars": 200}
+    fits = speed is not None
     return replace(
         TRIAL,
         max_rank_seconds=budget,
-        fits=speed is not None,
-        why="" if speed is not None else "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        fits=fits,
+        why="" if fits else "CUDA out of memory. Tried to allocate 2.00 GiB.",
         device="NVIDIA H100",
         limit_bytes=72 * 2**30,
         peak_bytes=peak * 2**30,
         padded_s_per_s=speed,
         shapes=[{**shape, "peak_bytes": peak * 2**30}],
+        ran_out_on=None if fits else shape,
     )
 
 
@@ -123,6 +144,18 @@ def test_what_a_person_reads(whole: bool, capsys: pytest.CaptureFixture[str], go
     made += [] if whole else [trial(280, 71, None)]
     fit.show(fit.Fit(1, 2, fitting[-1], made, is_largest=whole), recipe, 0.1)
     golden(f"fit/{'whole' if whole else 'found'}.txt", capsys.readouterr().out)
+
+
+def test_what_a_person_reads_of_an_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "stub.yaml").write_text(RECIPE)
+    recipe = recipe_file.load(tmp_path / "stub.yaml")
+    shape = {"shape": "evaluation", "utterances": 8, "seconds": 15.0, "chars": 90}
+    error = fit.evaluation_does_not_fit(recipe, replace(trial(6, 71, None), ran_out_on=shape), 1)
+    assert error.exit_code == ExitCode.OUT_OF_MEMORY
+    assert "on an evaluation batch of 8 x 15.00 s, 1 rank on NVIDIA H100: CUDA out of memory." in error.message
+    assert error.hint == "lower evaluate.batch_seconds, 120 now; or evaluate.mode: sidecar; or more --memory"
+    error = fit.evaluation_does_not_fit(recipe, replace(trial(6, 71, None), ran_out_on={**shape, "utterances": 1}), 1)
+    assert error.hint == "evaluate.mode: sidecar; or more --memory", "one utterance cannot be divided"
 
 
 def test_more_ranks_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +188,19 @@ elif behaviour == "large":
     time.sleep(600)
 elif behaviour == "spike":
     say(**shape, peak_bytes=2**40, host_peak_bytes=2**40, padded_s=3.0, step_s=0.5)
+elif behaviour == "late":
+    say(**shape, peak_bytes=2**40, host_peak_bytes=2**40)
+    say(begins={**shape, "shape": "evaluation"})
+    time.sleep(600)
+elif behaviour in ("evaluates", "has evaluated"):
+    say(**shape, peak_bytes=5 * 2**20, host_peak_bytes=5 * 2**20)
+    shape["shape"] = "evaluation"
+    say(begins=shape)
+    if behaviour == "has evaluated":
+        say(**shape, peak_bytes=5 * 2**20, host_peak_bytes=5 * 2**20)
+        time.sleep(600)
+    say(out_of_memory="CUDA out of memory. Tried to allocate 2.00 GiB.")
+    sys.exit(77)
 elif behaviour == "refused":
     say(out_of_memory="CUDA out of memory. Tried to allocate 2.00 GiB.")
     sys.exit(77)
@@ -238,6 +284,23 @@ def test_a_trial_that_does_not_fit(behaviours: list[Any], why: str, place: Place
     assert not trial.fits and trial.why == why
     assert trial.padded_s_per_s is None
     place.check_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("behaviours", "shape"),
+    [
+        (["evaluates"], "evaluation"),
+        (["has evaluated", "evaluates"], "evaluation"),
+        (["refused"], "modal"),
+        (["spike"], "modal"),
+        (["late", "refused"], "modal"),
+    ],
+)
+def test_what_memory_ran_out_on(behaviours: list[Any], shape: str, place: Place) -> None:
+    """`late` took too much in a step, and was at its evaluation when that was seen: another budget may fit."""
+    trial = place.run(*behaviours)
+    assert not trial.fits and trial.hardest is not None and trial.hardest["shape"] == shape
+    assert trial.is_for_evaluation == (shape == "evaluation")
 
 
 def test_a_kill_that_the_kernel_counts_is_its_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,10 +138,11 @@ def fit(
     """Find the largest batch.max_rank_seconds that fits this machine, by trying.
 
     Each budget is tried in processes of its own: some training steps on the micro-batches that take most memory (the
-    longest utterances, most utterances, most sound, most attention, most text) and on the most usual one. Changes
-    nothing: the last line is for the recipe. What a rank takes at ZeRO 1 to 3 depends on their number: --ranks.
+    longest utterances, most utterances, most sound, most attention, most text) and on the most usual one, and the
+    largest batches of evaluations that the ranks compute. Changes nothing: the last line is for the recipe. What a rank
+    takes at ZeRO 1 to 3 depends on their number: --ranks.
 
-    Exit codes: 0 found, 77 not even the longest utterance fits.
+    Exit codes: 0 found, 77 not even the longest utterance fits, or the evaluation does not.
     """
     from launcher import fit as fits
     from launcher import recipe_file, ui

@@ -66,7 +66,9 @@ class Evaluator:
         check_letters(model, self.utterances)
         self.normalize = normalizer(recipe.evaluate.normalizer)
         padded = model.padded_samples(self.utterances.lengths["n_samples"].astype("int64"))
-        self.batches = evaluation_batches(padded / SAMPLE_RATE_HZ, self.cadence.batch_seconds)
+        self.seconds = padded / SAMPLE_RATE_HZ
+        """What each takes in a batch when it is the longest there, shape (utterances,)."""
+        self.batches = evaluation_batches(self.seconds, self.cadence.batch_seconds)
         slots = sum(int(padded[batch].max()) * len(batch) for batch in self.batches)
         self.padding = 1 - float(self.utterances.lengths["n_samples"].sum()) / slots
         """Share of what was computed that is no sound. Where a model hears less than all of it, below zero."""
@@ -104,7 +106,7 @@ class Evaluator:
         self, work: Sequence[Any], kept: int, infer: Callable[[Tensors], Any], stop: Callable[[], bool]
     ) -> list[Row] | None:
         results: list[Row] = []
-        for number, tensors in enumerate(ahead(self._load, work)):
+        for number, tensors in enumerate(ahead(self.load, work)):
             if stop():
                 return None
             with memory_errors(partial(self._in_words, work[number]), self.recipe, of_evaluation):
@@ -118,7 +120,8 @@ class Evaluator:
         longest = float(self.utterances.lengths["n_samples"][indices].max()) / SAMPLE_RATE_HZ
         return f"an evaluation, on {len(indices)} utterances of up to {longest:.1f} s"
 
-    def _load(self, indices: Any) -> Tensors:
+    def load(self, indices: Any) -> Tensors:
+        """A batch; in several threads at once."""
         examples = [self.utterances.example(int(i)) for i in indices]
         return self.model.collate([e.waveform for e in examples], [e.text for e in examples])
 

@@ -8,6 +8,7 @@ over all that an order may ever hold: in another epoch, others of one length mee
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,10 @@ class Extreme:
 
 MODAL = "modal"
 """Name of the shape in which most of an epoch's sound is computed."""
+
+
+EVALUATION = "evaluation"
+"""What the names of batches of an evaluation begin with. `launcher/trials.py` looks for it."""
 
 
 def extremes(sampler: Sampler, chars: Indices, world_size: int) -> list[Extreme]:
@@ -76,6 +81,20 @@ def extremes(sampler: Sampler, chars: Indices, world_size: int) -> list[Extreme]
         items = _wordiest(sampler, chars, rung, count)
         made.append(Extreme(", ".join(names), items, float(sampler.ladder[rung]), int(chars[items].max())))
     return made
+
+
+def of_evaluation(batches: Sequence[Indices], seconds: Seconds, chars: Indices) -> list[Extreme]:
+    """The batch with most sound and, if it is another, that of the longest utterance.
+
+    Args:
+        batches: as `evaluation_batches` cuts them.
+        seconds: padded, of each utterance, shape (utterances,).
+        chars: letters in the text of each utterance, shape (utterances,).
+    """
+    longest = np.array([seconds[batch].max() for batch in batches])
+    most = int(np.argmax(longest * [len(batch) for batch in batches]))
+    wanted = {int(np.argmax(longest)): f"{EVALUATION}, longest", most: EVALUATION}
+    return [Extreme(n, batches[k], float(longest[k]), int(chars[batches[k]].max())) for k, n in wanted.items()]
 
 
 def _last_best(values: Indices | Seconds) -> int:

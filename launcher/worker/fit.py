@@ -1,6 +1,7 @@
-"""One trial of `speechctl fit`, on one rank: real steps on the hardest micro-batches of one budget.
+"""One trial of `speechctl fit`, on one rank: real steps on the hardest micro-batches of one budget, and the hardest
+batches of the run's evaluations.
 
-Model, adapters, engine, optimizer and micro-batches are those of training. The sound is noise, which takes as much
+Model, adapters, engine, optimizer and micro-batches are those of training. Its sound is noise, which takes as much
 memory as speech; the texts are the packs' own, the longest of each length. Every rank computes on the same shape at
 once. What a rank finds is appended to a file as it goes, so that a kill by the kernel leaves what was known.
 """
@@ -25,11 +26,12 @@ import torch.distributed as dist
 
 from launcher import recipe_file, rundir
 from launcher.errors import ExitCode, PreflightError, SpeechctlError, TrainingError, in_bytes
-from launcher.recipe import Recipe
+from launcher.recipe import Evaluate, Recipe
 from launcher.worker import learning, vocabularies
 from launcher.worker.data import Tensors, pad_to
 from launcher.worker.engine import Engine, check_precision
-from launcher.worker.extremes import Extreme, extremes
+from launcher.worker.evaluate import Evaluator
+from launcher.worker.extremes import Extreme, extremes, of_evaluation
 from launcher.worker.host_memory import HostMemory
 from launcher.worker.learning import Group
 from launcher.worker.librispeech import SAMPLE_RATE_HZ
@@ -92,11 +94,32 @@ class Trial:
         if recipe.checkpoint.asynchronous and not self.is_cuda:
             kept = HostMemory(copies=True)
             engine.snapshot(kept)  # what a save copies to the memory that is measured here
+        if evaluates_on_ranks(recipe.evaluate):
+            self._evaluate(engine)
         for shape in others:
             hard = self._collated(data, shape)
             self._measured(shape, lambda hard=hard: steps.one(hard))  # type: ignore[misc]
         self._measured(modal, lambda: min(steps.one(tensors) for _ in range(TIMED)), of_step=each * modal.padded_s)
         ranks.close()
+
+    def _evaluate(self, engine: Engine) -> None:
+        """Batches of an evaluation, computed by whom `evaluate.mode` says. They come before the harder steps, so that
+        little of the budget is in what they take."""
+        evaluator = Evaluator(self.recipe, self.model, self.ranks)
+        chars = evaluator.utterances.lengths["n_chars"].astype(np.int64)
+        for shape in of_evaluation(evaluator.batches, evaluator.seconds, chars):
+            indices = shape.indices  # read in there: that, too, may be too much
+            self._measured(shape, lambda indices=indices: self._infer(engine, evaluator.load(indices)))  # type: ignore[misc]
+
+    def _infer(self, engine: Engine, tensors: Tensors) -> None:
+        with engine.averaged():
+            if self.recipe.evaluate.mode != "rank0":
+                engine.infer(tensors)
+                return
+            model = engine.alone()
+            if self.ranks.rank == 0:
+                engine.infer(tensors, model)
+            self.ranks.barrier()
 
     def _limited(self, memory: int | None, headroom: float) -> dict[str, Any]:
         """What this rank may use of a GPU, and have torch refuse more; on a CPU, whoever watches this process sees to
@@ -145,13 +168,14 @@ class Trial:
         return model.augment(tensors, [data.dice(item, 0) for item in items])
 
     def _measured(self, shape: Extreme, work: Callable[[], Any], of_step: float | None = None) -> None:
-        """Do it, and say what it took."""
+        """Do it, and say what it took. No rank begins while another may yet run out of memory in what came before."""
         about = {
             "shape": shape.name,
             "utterances": len(shape.indices),
             "seconds": round(shape.seconds, 3),
             "chars": shape.chars,
         }
+        self.ranks.barrier()
         self.say(begins=about)
         self._reset_peak()
         step_s = work()
@@ -223,6 +247,12 @@ class Steps:
             f"none of {WARM_UP} steps had a loss and a gradient that are finite",
             hint="look at the backbone and at `precision`; `speechctl launch --debug RECIPE` shows one process",
         )
+
+
+def evaluates_on_ranks(cadence: Evaluate) -> bool:
+    """Whether a run evaluates in the memory that it trains in."""
+    ever = cadence.at_start or cadence.at_end or cadence.every_steps or cadence.every_epochs or cadence.every_minutes
+    return cadence.mode != "sidecar" and bool(ever)
 
 
 def moments(groups: Sequence[Group], max_steps: int) -> list[int]:

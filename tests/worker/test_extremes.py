@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from launcher.worker.extremes import extremes
-from launcher.worker.sampler import Cursor, Indices, MicroBatch, Sampler, Seconds
+from launcher.worker.extremes import extremes, of_evaluation
+from launcher.worker.sampler import Cursor, Indices, MicroBatch, Sampler, Seconds, evaluation_batches
 
 
 def made_by(sampler: Sampler, world_size: int, epochs: int) -> list[MicroBatch]:
@@ -83,3 +83,19 @@ def test_each_shape_is_tried_once() -> None:
 def test_an_utterance_that_no_budget_holds() -> None:
     with pytest.raises(ValueError, match="a rank's share of a step is 20"):
         extremes(Sampler(np.array([3.0, 30.0]), step_seconds=20, seed=1), np.array([1, 2]), 1)
+
+
+def test_the_hardest_batches_of_an_evaluation() -> None:
+    """Of 7 s one fits, of 5 s two: most sound is not where the longest is. One batch may be both."""
+    chars = np.array([70, 10, 90, 50])
+    seconds = np.array([7.0, 5.0, 5.0, 4.0])
+    longest, most = of_evaluation(evaluation_batches(seconds, 10), seconds, chars)
+    assert (longest.name, longest.indices.tolist(), longest.seconds, longest.chars) == (
+        "evaluation, longest",
+        [0],
+        7,
+        70,
+    )
+    assert (most.name, most.indices.tolist(), most.seconds, most.chars) == ("evaluation", [1, 2], 5, 90)
+    (both,) = of_evaluation(evaluation_batches(seconds, 100), seconds, chars)
+    assert both.name == "evaluation" and both.padded_s == 28

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import soundfile
 
 from launcher import memory
 from launcher.errors import ExitCode
@@ -76,7 +78,7 @@ def test_the_largest_budget(root: Path, tmp_path: Path) -> None:
         assert whole["is_largest"] and whole["max_rank_seconds"] == 200
         (trial,) = whole["trials"]
         names = ", ".join(shape["shape"] for shape in trial["shapes"])
-        for name in ("modal", "longest", "most utterances", "most sound", "most attention", "most text"):
+        for name in ("modal", "evaluation", "longest", "most utterances", "most sound", "most attention", "most text"):
             assert name in names
         assert trial["padded_s_per_s"] > 0
 
@@ -110,6 +112,31 @@ def test_nothing_fits(root: Path, tmp_path: Path) -> None:
             said = command.communicate(timeout=100)[0]
         assert command.returncode == ExitCode.OUT_OF_MEMORY, said
         assert "ended by SIGKILL, taken for the kernel's, for want of memory" in said
+
+
+def test_an_evaluation_that_does_not_fit(root: Path, tmp_path: Path) -> None:
+    """A budget that fits training was the answer, and the run that had it ended at its first evaluation. The same
+    memory is enough where a sidecar evaluates."""
+    folder = tmp_path / "LibriSpeech" / "test-other" / "7" / "1"
+    folder.mkdir(parents=True)
+    seconds = 250
+    for number in range(2):
+        sound = np.random.default_rng(number).normal(0, 0.1, seconds * 16000)
+        soundfile.write(folder / f"7-1-{number:04d}.flac", sound, 16000, subtype="PCM_16")
+    (folder / "7-1.trans.txt").write_text("7-1-0000 A LONG STORY\n7-1-0001 ANOTHER\n")
+    if not (packed := root / "packs" / "test-other").exists():
+        pack.write_pack(tmp_path / "LibriSpeech", "test-other", packed, 2**24, 1, lambda line: None)
+    small = ["batch={step_seconds: 3s, max_rank_seconds: 3s}", "evaluate.batch_seconds=600"]
+    options = [word for value in (*small, "evaluate.subsets=[test-other]") for word in ("--set", value)]
+    with own_place(tmp_path) as env:
+        beside = fitted(root, env, *options, "--set", "evaluate.mode=sidecar", "--memory", "8GiB")
+        assert not [s for t in beside["trials"] for s in t["shapes"] if "evaluation" in s["shape"]]
+        memory = ["--memory", str(beside["peak_bytes"] + 50 * 2**20), "--headroom", "0"]
+        done = speechctl("fit", "fit.yaml", *options, *memory, cwd=root, env=env)
+        assert done.returncode == ExitCode.OUT_OF_MEMORY, done.stdout + done.stderr
+        assert f"on an evaluation batch of 2 x {seconds}.00 s, 1 rank on cpu: takes more than" in done.stderr
+        assert "hint: lower evaluate.batch_seconds, 600 now; or evaluate.mode: sidecar" in done.stderr
+        assert done.stderr.count("does not fit on") == 1, "no other budget is tried"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGHUP, -1)])

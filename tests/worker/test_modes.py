@@ -94,7 +94,7 @@ if who.endswith("really"):
 
             def exec_module(module):
                 run(module)
-                module.Evaluator._load = misbehave
+                module.Evaluator.load = misbehave
 
             spec.loader.exec_module = exec_module
             return spec
