@@ -269,7 +269,8 @@ def export(options: argparse.Namespace) -> int:
     run = Run(options.run)
     recipe = recipe_file.load(run.resolved)
     model = restored(run, options.step, recipe.backbone, recipe.seed, ema=options.ema)
-    say(f"writing {_which(options)}")
+    if options.ema or len(options.step) > 1:
+        say(f"writing {_which(options)}")
     need = sum(p.numel() * p.element_size() for p in model.parameters())
     with staging.staged(options.target, need) as folder:
         write_export(model, folder)

@@ -128,7 +128,7 @@ def test_an_average_is_evaluated(whole: Run, tmp_path: Path) -> None:
     assert read_json(whole.evaluations / f"step-{last[1]:08d}.average-last-2.evaluate.json") == value
     assert value["utterances"] == 6 and value["words"] > 0
     done = speechctl("evaluate", str(whole.root), "--average", "last:2", "--checkpoint", "last", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "") and "--average takes the place of --checkpoint" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "an --average of checkpoints takes the place of" in done.stderr
 
 
 def test_another_number_of_ranks_goes_on(whole: Run, tmp_path: Path) -> None:
