@@ -26,7 +26,7 @@ class Lines:
 
     def __init__(self, path: Path, *, followed: bool = True) -> None:
         self.path = path
-        self._followed = followed
+        self.followed = followed
         self._file: LineFile | None = None
         self._waiting: list[Mapping[str, Any]] = []
         self._appended = False
@@ -63,7 +63,7 @@ class Lines:
             while self._waiting:
                 self._file = self._file or LineFile(self.path)
                 self._file.append(self._waiting[0])
-                if self._followed:
+                if self.followed:
                     self._close()
                 del self._waiting[0]
         except StorageError:

@@ -41,6 +41,8 @@ class Harm:
         """Have it happen, if it is this rank's. A disk is not mended before training has made a step more."""
         committer, rank = training.checkpoints.committer, training.ranks.rank
         save = committer.save
+        if self.read_only:  # a mount under a file that is open to write cannot be made so
+            training.record.ledger.followed = True
 
         def harmed(step: int, *rest: Any, **more: Any) -> Any:
             with self.befalls(rank) if step == self.step else nullcontext():
