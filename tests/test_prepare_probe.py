@@ -117,7 +117,9 @@ def test_what_hangs_is_left_behind_and_named(probe: session.Session, tmp_path: P
 
 AGENT = """
 import signal, subprocess, sys, time
-rank = subprocess.Popen([sys.executable, "-c", RANK, "-m", "launcher.worker", "train", *sys.argv[-1:]])
+rank = subprocess.Popen([sys.executable, "-c", RANK, "-m", "launcher.worker", "train", *sys.argv[-1:]],
+    stdout=subprocess.PIPE)
+rank.stdout.readline()  # a process that has begun to be another one has no command line for a moment
 def seal(*_):
     time.sleep(4)
     if rank.poll() is not None:
@@ -128,7 +130,7 @@ signal.signal(signal.SIGTERM, seal)
 print(rank.pid, flush=True)
 time.sleep(60)
 """
-RANK = "import time; time.sleep(60)"
+RANK = "import time; print(flush=True); time.sleep(60)"
 
 
 def test_ranks_that_are_sealing_are_let(probe: session.Session, tmp_path: Path) -> None:
