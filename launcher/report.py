@@ -291,7 +291,10 @@ def span(numbers: Sequence[int]) -> str:
 
 
 def unevaluated(value: Report) -> list[str]:
-    return [f"step {e['step']} was not evaluated: {e['error']} (log: {e['log']})" for e in value.unevaluated]
+    return [
+        f"step {e['step']} was not evaluated: {e['error']}" + (f" (log: {e['log']})" if "log" in e else "")
+        for e in value.unevaluated
+    ]
 
 
 def samples(run: Run, step: int, count: int) -> list[dict[str, Any]]:

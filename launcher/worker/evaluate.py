@@ -135,6 +135,9 @@ class Evaluator:
         Args:
             blocked_s: for how long training stood still for it.
             facts: what else the result says of itself.
+
+        Raises:
+            StorageError: the disk does not take it.
         """
         if [row[0] for row in rows] != list(range(len(self.utterances))):
             raise RuntimeError(f"evaluation returned {len(rows)} results for {len(self.utterances)} utterances")
@@ -169,7 +172,8 @@ class Evaluator:
             "time": time.time(),
             **facts,
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with rundir.storage_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_jsonl(target.with_suffix(".hypotheses.jsonl"), lines)
         rundir.write_json(target, result)
         return result

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from launcher.errors import StorageError
 from launcher.marks import mark
 from launcher.recipe import Recipe
 from launcher.rundir import Attempt
@@ -25,6 +26,11 @@ Stop = Callable[[], bool]
 
 AGAIN_S = 1.0
 """While all wait for the sidecar: how often rank 0 says that it has looked. The sidecar has deadlines of its own."""
+
+
+def _short(outcome: Outcome) -> list[Any]:
+    """What rank 0 tells the others."""
+    return [outcome.step, outcome.result and {"criterion": outcome.result["criterion"]}, outcome.error]
 
 
 @contextmanager
@@ -50,12 +56,13 @@ class Evaluations:
         if self.mode == "sidecar" and ranks.rank == 0:
             self.sidecar = Sidecar(attempt, recipe.evaluate, recipe.launch.deadlines)
 
-    def now(self, step: int, stop: Stop) -> dict[str, Any] | None:
+    def now(self, step: int, stop: Stop) -> Outcome | None:
         """Evaluate the weights of now, or their moving average where the run keeps one, by all ranks or by rank 0
-        alone, and publish the result.
+        alone, and publish the result. A disk that does not take it costs this evaluation, and no step.
 
         Returns:
-            rank 0: the result; the others: its `criterion` alone. None on all where one was asked to break off.
+            what came of it; on other ranks than 0 no more of a result than its `criterion`. None on all where one was
+            asked to break off.
         """
         began = time.monotonic()
         with untouched_dice(), self.engine.averaged():
@@ -65,17 +72,18 @@ class Evaluations:
             if rows is None:
                 return None
             mark("score")
-            mine = self._publish(step, began, rows) if self.ranks.rank == 0 else {}
-            said = {"criterion": self.ranks.gather(mine.get("criterion"))[0]}
-            return {**said, **mine}
+            mine = self._publish(step, began, rows) if self.ranks.rank == 0 else None
+            said = self.ranks.gather(None if mine is None else _short(mine))[0]
+            assert said is not None
+            return mine or Outcome(*said)
 
-    def _by_rank_0(self, step: int, began: float, stop: Stop) -> dict[str, Any] | None:
+    def _by_rank_0(self, step: int, began: float, stop: Stop) -> Outcome | None:
         mark("collect")
         model = self.engine.alone()
         waiting = Waiting(self.ranks)
         if self.ranks.rank != 0:
-            said: dict[str, Any] | None = waiting.wait(stop)
-            return said
+            said = waiting.wait(stop)
+            return None if said is None else Outcome(*said)
         rows = self.evaluator.alone(
             lambda tensors: self.engine.infer(tensors, model), lambda: waiting.beat("next batch") or stop()
         )
@@ -83,13 +91,16 @@ class Evaluations:
             waiting.over(None)
             return None
         waiting.beat("score")
-        result = self._publish(step, began, rows)
-        waiting.over({"criterion": result["criterion"]})
-        return result
+        mine = self._publish(step, began, rows)
+        waiting.over(_short(mine))
+        return mine
 
-    def _publish(self, step: int, began: float, rows: Sequence[Row]) -> dict[str, Any]:
+    def _publish(self, step: int, began: float, rows: Sequence[Row]) -> Outcome:
         target, blocked_s = self.attempt.run.evaluation(step), time.monotonic() - began
-        return self.evaluator.publish(target, step, rows, self.attempt.number, blocked_s)
+        try:
+            return Outcome(step, self.evaluator.publish(target, step, rows, self.attempt.number, blocked_s))
+        except StorageError as error:
+            return Outcome(step, None, error.message)
 
     # Beside training -------------------------------------------------------------------------------------------------
 
@@ -121,8 +132,7 @@ class Evaluations:
                 outcomes.append(outcome)
             else:
                 time.sleep(0.05)
-        short = [[o.step, o.result and {"criterion": o.result["criterion"]}, o.error] for o in outcomes]
-        waiting.over(short)
+        waiting.over([_short(outcome) for outcome in outcomes])
         return outcomes
 
     def close(self) -> None:

@@ -384,14 +384,13 @@ class Training:
         progress.evaluation_due = True
         self.record.event("evaluating", step=progress.step)
         mark("begin", "evaluate", progress.step)
-        beside, result = self.recipe.evaluate.mode == "sidecar", None
-        if not beside and (result := self.evaluations.now(progress.step, self._asked_to_stop)) is None:
+        beside, outcome = self.recipe.evaluate.mode == "sidecar", None
+        if not beside and (outcome := self.evaluations.now(progress.step, self._asked_to_stop)) is None:
             return False
         progress.evaluated_step, progress.evaluation_due = progress.step, False
         self.last_evaluation = time.monotonic()
-        if result is not None:
-            self.record.evaluated(result)
-            self.judge(progress.step, result["criterion"]["wer"])
+        if outcome is not None:
+            self.take(progress.step, self._wer_of(outcome), outcome if self.ranks.rank == 0 else None)
         elif self.sealed_step == progress.step:
             progress.awaiting.append(progress.step)
             self.evaluations.give(progress.step)
@@ -430,7 +429,7 @@ class Training:
         return math.inf if outcome.result is None else float(outcome.result["criterion"]["wer"])
 
     def take(self, step: int, wer: float, outcome: Outcome | None) -> None:
-        """What came of an evaluation beside training, at a step that all ranks agreed on.
+        """What came of an evaluation, at a step that all ranks agreed on.
 
         Args:
             outcome: all of it, on rank 0.
@@ -439,7 +438,8 @@ class Training:
         if outcome is not None and outcome.result is not None:
             self.record.evaluated(outcome.result)
         elif outcome is not None:
-            self.record.event("evaluation_failed", step=step, error=outcome.error, log=str(self.attempt.evaluation_log))
+            log = {"log": str(self.attempt.evaluation_log)} if self.recipe.evaluate.mode == "sidecar" else {}
+            self.record.event("evaluation_failed", step=step, error=outcome.error, **log)
         if not math.isinf(wer):
             self.judge(step, wer)
 

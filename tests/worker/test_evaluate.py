@@ -167,8 +167,10 @@ def test_an_evaluation_that_draws_is_not_noticed(tiny_corpus: Path, tmp_path: Pa
     wanted = float(torch.rand(())), float(np.random.rand()), random.random()
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(7)
-    result = beside.now(3, lambda: False)
-    assert result is not None and result["mode"] == mode and read_json(run.evaluation(3)) == result
+    outcome = beside.now(3, lambda: False)
+    assert outcome is not None and outcome.result is not None
+    result = outcome.result
+    assert result["mode"] == mode and read_json(run.evaluation(3)) == result
     assert (float(torch.rand(())), float(np.random.rand()), random.random()) == wanted
 
 

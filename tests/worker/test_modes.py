@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from launcher import plan, recipe_file, report, rundir, why
 from launcher import recipe as schema
 from launcher.rundir import Run, read_json, read_lines
+from launcher.worker.evaluating import Evaluations
 from launcher.worker.pack import write_pack
 from launcher.worker.sidecar import Sidecar
 from tests.conftest import count
@@ -30,11 +32,14 @@ ALL = bool(os.environ.get("SPEECHCTL_TEST_MODES"))
 STEPS = 6
 
 Case = tuple[int, str, str]
-"""Ranks, ZeRO stage, and who evaluates: a mode, nobody, or how a sidecar goes wrong."""
+"""Ranks, ZeRO stage, and who evaluates: a mode, nobody, how a sidecar goes wrong, or a mode whose disk is full once."""
 
 MODES = ("collective", "rank0", "sidecar")
 WRONG = ("raises", "hangs", "no memory", "killed")
 REAL = ("raises really", "hangs really", "no memory really")
+FULL = ("collective full", "rank0 full")
+FULL_AT = 4
+"""The step whose evaluation finds no room."""
 
 STAGES = ("off", "2", "3")
 """In this order in one process: DeepSpeed's stage 3 puts a linear layer of its own in place of torch's for good, and
@@ -44,12 +49,14 @@ CASES: list[Case]
 if ALL:
     CASES = [
         *itertools.product((1, 2, 4), STAGES, ("nobody", *MODES)),
-        *itertools.product((1, 2), STAGES, (*WRONG, *REAL)),
+        *itertools.product((1, 2), STAGES, (*WRONG, *REAL, *FULL)),
     ]
 else:
     CASES = [
         *itertools.product((2,), ("off", "3"), ("nobody", "collective", "rank0")),
         *((2, "2", who) for who in ("nobody", "rank0", "sidecar", *WRONG)),
+        (2, "off", "collective full"),
+        (2, "3", "rank0 full"),
         (1, "off", "collective"),
     ]
 CASES.append((1, "off", "early"))
@@ -111,7 +118,8 @@ def prepared(root: Path, source: Path, case: Case) -> Run:
         cadence |= {"every_steps": 4, "at_end": False}
     else:
         cadence |= {"every_steps": 2, "at_start": True} if who != "nobody" else {"at_end": False}
-    cadence["mode"] = who if who in MODES else "sidecar" if who in (*WRONG, *REAL) else "collective"
+    mode = who.removesuffix(" full")
+    cadence["mode"] = mode if mode in MODES else "sidecar" if who in (*WRONG, *REAL) else "collective"
     if who == "early":
         cadence |= {"at_start": False, "early_stopping": {"patience": 1}}
     recipe = schema.Recipe.model_validate(
@@ -169,7 +177,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Run]:
 
 
 def train(attempts: list[str], more: dict[str, str]) -> None:
-    """One rank; where a case says so, with the script in the place of the real sidecar."""
+    """One rank; where a case says so, with the script in the place of the real sidecar, or no room for a result."""
     os.environ.update(more)
     real, other = Sidecar.COMMAND, (sys.executable, os.environ["SPEECHCTL_TEST_SIDECAR"])
 
@@ -177,6 +185,18 @@ def train(attempts: list[str], more: dict[str, str]) -> None:
         return other if (self.attempt.root / "who").read_text() in WRONG else real
 
     Sidecar.COMMAND = property(command)  # type: ignore[assignment]
+    whole = Evaluations._publish
+
+    def publish(self: Evaluations, step: int, *rest: Any) -> Any:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if step == FULL_AT and (self.attempt.root / "who").read_text() in FULL:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            return whole(self, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    Evaluations._publish = publish  # type: ignore[assignment, method-assign]
     worlds.train_attempts(attempts, 0, None)
 
 
@@ -257,6 +277,27 @@ def test_a_sidecar_that_goes_wrong_is_told_of(runs: dict[Case, Run], case: Case)
     assert value.state == "finished"
     assert value.unevaluated[-1]["step"] == STEPS and said in value.unevaluated[-1]["error"]
     assert any(said in line for line in why.diagnose(run, None).unevaluated)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] in FULL], ids=ids)
+def test_a_result_that_the_disk_does_not_take_costs_no_step(runs: dict[Case, Run], case: Case) -> None:
+    """The run had ended at once, with all that was not saved, where a save that finds no room is let pass. Said is what
+    the disk says; nothing of the result is there, and those before and after are."""
+    run = runs[case]
+    attempt = run.attempts()[0]
+    assert read_json(attempt.exit) == {"code": 0, "step": STEPS, "sealed_step": STEPS}
+    (failed,) = events(attempt, "evaluation_failed")
+    assert failed["step"] == FULL_AT and "File too large" in failed["error"]
+    assert str(run.hypotheses(FULL_AT)) in failed["error"]
+    wanted = [step for step in range(0, STEPS + 1, 2) if step != FULL_AT]
+    assert [e["step"] for e in events(attempt, "evaluated")] == wanted
+    assert {p.name for p in run.evaluations.iterdir()} == {
+        path.name for step in wanted for path in (run.evaluation(step), run.hypotheses(step))
+    }
+    value = report.read(run)
+    assert [row["step"] for row in value.unevaluated] == [FULL_AT]
+    assert any(f"step {FULL_AT} was not evaluated" in line for line in why.diagnose(run, None).unevaluated)
 
 
 @pytest.mark.ranks
