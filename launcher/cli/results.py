@@ -55,7 +55,9 @@ def evaluate(
     for name in subset:
         if not re.fullmatch(NAME, name):
             raise UsageError(f"--subset {name!r} is no subset's name", hint="such as --subset dev-clean")
-    name = "-".join([f"{named}.evaluate", *subset, *(["beam"] if lm else [])])
+    # One file for each n-gram and setting: tuning them keeps what was found before.
+    search = [] if lm is None else ["beam", lm.name, f"{beam}", f"{lm_weight:g}", f"{word_score:g}"]
+    name = "-".join([f"{named}.evaluate", *subset, *search])
     options = [x for s in subset for x in ("--subset", s)] + of
     if lm is not None:
         options += ["--lm", str(lm.absolute()), "--beam", str(beam)]

@@ -131,6 +131,25 @@ def test_an_average_is_evaluated(whole: Run, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "") and "an --average of checkpoints takes the place of" in done.stderr
 
 
+def test_tuning_a_beam_search_keeps_every_result(whole: Run, tmp_path: Path) -> None:
+    """An n-gram under two weights: the second had written over the first."""
+    pytest.importorskip("flashlight.lib.text", reason="needs the extra `beam`: pip install 'speechctl[beam]'")
+    words = ["-1\t<s>\t0", "-0.5\t</s>", "-0.5\tTHE\t0"]
+    grams = ["\\1-grams:", *words, "", "\\2-grams:", "-0.1\tTHE </s>"]
+    (tmp_path / "the.arpa").write_text("\n".join(["\\data\\", "ngram 1=3", "ngram 2=1", "", *grams, "", "\\end\\", ""]))
+    values = []
+    for weight in ("0.5", "2"):
+        options = ["--lm", "the.arpa", "--beam", "5", "--lm-weight", weight, "--json"]
+        done = speechctl("evaluate", str(whole.root), "--checkpoint", "24", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        values.append(json.loads(done.stdout))
+    assert [value["beam_search"]["lm_weight"] for value in values] == [0.5, 2.0]
+    kept = [whole.evaluations / f"step-00000024.evaluate-beam-the.arpa-5-{w}-0.json" for w in ("0.5", "2")]
+    assert [read_json(path) for path in kept] == values
+    for row in read_lines(kept[0].with_suffix(".hypotheses.jsonl")):
+        assert set(row["hyp"].split()) <= {"THE"}, row
+
+
 def test_another_number_of_ranks_goes_on(whole: Run, tmp_path: Path) -> None:
     """One rank in the place of two, by the commands that a person types; the curve goes on as it was, and no utterance
     is read twice."""
