@@ -246,7 +246,7 @@ class Recipe(Section):
 
     deepspeed: RawDeepSpeed = {}
     """Any other keys of DeepSpeed's configuration, laid over ours: `zero_optimization: {overlap_comm: true}`. Keys that
-    the recipe has words of its own for are refused."""
+    the recipe has words of its own for are refused; when the ranks start, those that DeepSpeed does not know."""
 
     evaluate: Evaluate
     """WER at rank 0's cadence."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from pydantic import ValidationError
 from torch import Tensor
 
 from launcher.committer import File
+from launcher.errors import UsageError
 from launcher.recipe import Recipe
 from launcher.worker import partitioned
 from launcher.worker.adamw import AdamW
@@ -29,6 +34,40 @@ WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 TAG = "deepspeed"
 """The directory that DeepSpeed makes inside a checkpoint."""
+
+
+class Asked(dict[str, Any]):
+    """A configuration that knows which of its keys DeepSpeed has asked for: it passes over those that it does not know,
+    and a word of a recipe that is misspelt would mean nothing, in silence."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self.keys_asked: set[Any] = set()
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: Any) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        self.keys_asked.add(key)
+        return super().__contains__(key)
+
+    def refuse_unknown(self, keys: Iterable[str]) -> None:
+        """
+        Raises:
+            UsageError: DeepSpeed has not asked for one of them.
+        """
+        for key in keys:
+            if key not in self.keys_asked:
+                near = difflib.get_close_matches(key, map(str, self.keys_asked), n=1)
+                raise UsageError(
+                    f"deepspeed.{key}: DeepSpeed knows no such key",
+                    hint=f"did you mean {near[0]}?" if near else "see https://www.deepspeed.ai/docs/config-json",
+                )
 
 
 class DeepSpeedEngine(Engine):
@@ -55,10 +94,15 @@ class DeepSpeedEngine(Engine):
         # At stage 0 in bf16 DeepSpeed has its optimizer make one step on zero gradients to allocate the moments, which
         # is counted: measured, the first real update is then 0.74 of what it should be.
         self.adamw.overflow = True
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model.to(on), optimizer=self.adamw, config=config
-        )
+        asked = Asked(config)
+        try:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model.to(on), optimizer=self.adamw, config=asked
+            )
+        except (ValidationError, DeepSpeedConfigError) as error:  # a section refuses keys that it does not know
+            raise UsageError(f"deepspeed: {error}", hint="see https://www.deepspeed.ai/docs/config-json") from error
         self.adamw.overflow = False
+        asked.refuse_unknown(recipe.deepspeed)
         self._check(recipe, ranks)
         self.grad_clip = recipe.optimizer.grad_clip
         # DeepSpeed computes no norm of its own at stage 0 in fp32; everywhere else it clips by its configuration.

@@ -21,7 +21,7 @@ import xxhash
 from launcher import audit, recipe_file, report, rundir, sealing
 from launcher import recipe as schema
 from launcher.errors import TrainingError, UsageError
-from launcher.rundir import Run, read_json, read_lines
+from launcher.rundir import Attempt, Run, read_json, read_lines
 from launcher.worker import learning, verbs
 from launcher.worker.learning import part_of
 from launcher.worker.models import build
@@ -453,6 +453,39 @@ def test_parts_that_a_model_has_not_are_refused(changes: dict[str, Any], said: s
     assert said in refused.value.message
     names = ("layer.0", "qkv", "freeze")
     assert any(name in refused.value.hint for name in names), refused.value.hint
+
+
+UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
+    "key": ({"wall_clock_breakdwn": True}, "deepspeed.wall_clock_breakdwn: DeepSpeed knows no such key"),
+    "section": ({"zero_optimisation": {}}, "deepspeed.zero_optimisation: DeepSpeed knows no such key"),
+    "key of a section": ({"zero_optimization": {"overlap_com": True}}, "overlap_com"),
+    "removed": ({"compression_training": {}}, "compression library has been removed"),
+}
+
+
+@pytest.mark.ranks
+def test_what_deepspeed_does_not_know_is_refused(packed: Path) -> None:
+    """A misspelt key outside of a section had meant nothing, in silence. What is known is let, on or off."""
+    known: dict[str, Any] = {"wall_clock_breakdown": False, "comms_logger": {"enabled": False}, "steps_per_print": 7}
+    known |= {"flops_profiler": {"enabled": False}, "prescale_gradients": False, "disable_python_gc": False}
+    cases = {**{name: raw for name, (raw, _) in UNKNOWN.items()}, "known": known}
+    runs = [prepared(packed, f"keys of {name}", "1", deepspeed=raw) for name, raw in cases.items()]
+    worlds.start(1, refused, [str(run.new_attempt().root) for run in runs])
+    for run, said in zip(runs, [*(said for _, said in UNKNOWN.values()), None], strict=True):
+        found = read_json(run.root / "refused")
+        assert found is None if said is None else found and said in found["message"], found
+    assert "wall_clock_breakdown" in read_json(runs[0].root / "refused")["hint"]
+
+
+def refused(attempts: list[str]) -> None:
+    """One rank, as far as its engine, again and again."""
+    from launcher.worker.train import Training
+
+    for attempt in map(Attempt, map(Path, attempts)):
+        try:
+            Training(attempt, [False], fresh=False)
+        except UsageError as error:
+            rundir.write_json(attempt.run.root / "refused", {"message": error.message, "hint": error.hint})
 
 
 def test_what_decides_the_weights_is_in_the_identity() -> None:
