@@ -5,7 +5,9 @@ Training says in such files what it did. A disk that is full for a while may cos
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,13 +22,14 @@ class Lines:
     """May be appended to from several threads; in the file, the lines are in the order in which they came.
 
     Args:
-        followed: somebody on another host reads along: over NFS, each line waits until the server has it. Others stay
-            open.
+        stays_open_s: behind a line that comes sooner than this after the one before, the file stays open. Closed, over
+            NFS, the line is at the server for whoever reads along on another host; else within half a minute.
     """
 
-    def __init__(self, path: Path, *, followed: bool = True) -> None:
+    def __init__(self, path: Path, *, stays_open_s: float = 0.0) -> None:
         self.path = path
-        self.followed = followed
+        self.stays_open_s = stays_open_s
+        self._written = -math.inf
         self._file: LineFile | None = None
         self._waiting: list[Mapping[str, Any]] = []
         self._appended = False
@@ -63,7 +66,8 @@ class Lines:
             while self._waiting:
                 self._file = self._file or LineFile(self.path)
                 self._file.append(self._waiting[0])
-                if self.followed:
+                before, self._written = self._written, time.monotonic()
+                if self._written - before >= self.stays_open_s:
                     self._close()
                 del self._waiting[0]
         except StorageError:

@@ -62,10 +62,12 @@ class Schedule(Section):
     @property
     def shape(self) -> tuple[float, float, float]:
         """`hold`, `init_scale` and `final_scale`, each as said or by default."""
-        default = (0.4, 0.01, 0.05) if self.kind == "tri-stage" else (0.0, 0.0, 0.0)
-        said = (self.hold, self.init_scale, self.final_scale)
-        hold, init, final = (d if s is None else s for s, d in zip(said, default, strict=True))
-        return hold, init, final
+        hold, init, final = (0.4, 0.01, 0.05) if self.kind == "tri-stage" else (0.0, 0.0, 0.0)
+        return (
+            hold if self.hold is None else self.hold,
+            init if self.init_scale is None else self.init_scale,
+            final if self.final_scale is None else self.final_scale,
+        )
 
     def stages(self, max_steps: int) -> tuple[float, float]:
         """At which step the climb ends, and at which the decay begins."""

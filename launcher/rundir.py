@@ -253,10 +253,15 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_bytes(path, b"".join(map(_json, rows)))
 
 
+_LINE = json.JSONEncoder(ensure_ascii=False)
+"""`json.dumps` makes one at each call."""
+
+
 def _json(value: Any, indent: int | None = None) -> bytes:
     """With its newline. Bytes of a path or a variable that are no UTF-8, which Python has as lone surrogates, are
     written as JSON's escapes of those."""
-    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    text = _LINE.encode(value) if indent is None else json.dumps(value, indent=indent, ensure_ascii=False)
+    return (text + "\n").encode("utf-8", "backslashreplace")
 
 
 def there(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -21,8 +22,9 @@ class Record:
     def __init__(self, attempt: Attempt, rank: int) -> None:
         self.attempt = attempt
         self.is_first = rank == 0
-        self.events, self.metrics = Lines(attempt.events), Lines(attempt.metrics)
-        self.ledger = Lines(attempt.ledger(rank), followed=False)
+        self.events = Lines(attempt.events)
+        self.metrics = Lines(attempt.metrics, stays_open_s=0.05)
+        self.ledger = Lines(attempt.ledger(rank), stays_open_s=math.inf)
         self._tracker: Any = None
 
     def track(self, recipe: Recipe, first_step: int) -> None:
@@ -61,6 +63,7 @@ class Record:
             lines.sync()  # the last two of other ranks than 0 have nothing to sync
 
     def close(self) -> None:
-        self.ledger.close()
+        for lines in (self.ledger, self.metrics):
+            lines.close()
         if self._tracker is not None:
             self._tracker.finish()

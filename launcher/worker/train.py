@@ -41,6 +41,9 @@ from launcher.worker.schedule import learning_rate
 from launcher.worker.sidecar import Outcome
 from launcher.worker.training_set import TrainingSet
 
+LOOK_S = 0.05
+"""Between two looks at the control directory, at least. To list it takes 0.08 ms: a hundredth of the shortest steps."""
+
 
 def engine_for(
     model: SpeechModel, recipe: Recipe, accumulation: int, deepspeed_config: dict[str, Any], ranks: Ranks
@@ -132,6 +135,7 @@ class Training:
         self.record.track(self.recipe, self.sealed_step + 1)
         self.last_evaluation = time.monotonic()
         self.pace = Pace()
+        self.look_again = 0.0
         self.agreed_at: float | None = None
         """When all ranks last agreed on a step, while nothing but steps came after it."""
         self._mark_best()  # a kill may have come between the seal and the mark
@@ -223,7 +227,7 @@ class Training:
         cursor = self.progress.cursor
         steps = self.sampler.steps_left(cursor, self.ranks.world_size, self.accumulation)
         self.steps_of_epoch = cursor.steps + len(steps)
-        self.samples = self.data.samples_in(cursor.epoch)
+        self.samples = self.data.samples_in(cursor.epoch).tolist() if self.ranks.rank == 0 else []
         return steps
 
     def one_step(self, step: Step, feed: Iterator[tuple[list[str], Tensors]]) -> bool:
@@ -247,7 +251,7 @@ class Training:
         mark("agree")
         # Rank 0's clock and rank 0's view of the control directory decide for all.
         is_first = ranks.rank == 0
-        asked = rundir.names_in(self.run.stop_request.parent) if is_first else []
+        asked = self._asked_for(began) if is_first else []
         stop = self.stop_flag[0] or self.run.stop_request.name in asked
         self.save_asked = self.run.save_request.name in asked
         done, of_epoch = progress.cursor.steps + 1, self.steps_of_epoch
@@ -272,7 +276,7 @@ class Training:
         self.record.ledger.append({"step": progress.step, "epoch": epoch, "ids": ids})
         left_out = math.isnan(grad_norm)
         if is_first:
-            samples = sum(int(self.samples[b.indices].sum()) for b in step if not b.filler)
+            samples = sum(self.samples[i] for b in step if not b.filler for i in b.indices.tolist())
             metrics = {
                 "step": progress.step,
                 "epoch": epoch,
@@ -296,6 +300,13 @@ class Training:
         if saved == ranks.world_size:
             self.settle(over=True)
         return stops > 0
+
+    def _asked_for(self, now: float) -> list[str]:
+        """What is in the control directory, unless it was looked at just before."""
+        if now < self.look_again:
+            return []
+        self.look_again = now + LOOK_S
+        return rundir.names_in(self.run.stop_request.parent)
 
     def _gradient(
         self, mine: Step, count: int, feed: Iterator[tuple[list[str], Tensors]]

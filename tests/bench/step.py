@@ -2,12 +2,13 @@
 same ready batches: without ZeRO beside bare PyTorch, Accelerate and Hugging Face's Trainer; at stages 1 to 3 beside a
 bare DeepSpeed loop.
 
-    python -m tests.bench.step [--rounds 9] [--steps 40] [--ways off 1 2 3] [--ranks 1] [--out build/step.json]
+    python -m tests.bench.step [--rounds 100] [--steps 5] [--ways off 1 2 3] [--ranks 1] [--out build/step.json]
 
 Paired and interleaved: in every round each loop trains the same batches once, the bare one twice, and what a loop adds
-is the median over the rounds of its difference to the bare one of that round. `bare again` is the control: what it adds
-is the noise. Forward, backward, clipping, the optimizer and a log of the loss are in all of them. On a model of real
-size all of this vanishes in the noise of a machine.
+is the median over the rounds of its difference to the bare one of that round. Many short rounds: what a shared host
+does comes and goes within seconds. `bare again` is the control: what it adds is the noise. Forward, backward, clipping,
+the optimizer and a log of the loss are in all of them. On a model of real size all of this vanishes in the noise of a
+machine.
 
 Fails where ours adds more than 0.5 ms to the bare loop of its kind.
 """
@@ -56,8 +57,8 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ways", nargs="+", default=["off", "1", "2", "3"], choices=WAYS)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/step.json"))

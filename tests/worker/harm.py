@@ -42,7 +42,7 @@ class Harm:
         committer, rank = training.checkpoints.committer, training.ranks.rank
         save = committer.save
         if self.read_only:  # a mount under a file that is open to write cannot be made so
-            training.record.ledger.followed = True
+            training.record.ledger.stays_open_s = training.record.metrics.stays_open_s = 0.0
 
         def harmed(step: int, *rest: Any, **more: Any) -> Any:
             with self.befalls(rank) if step == self.step else nullcontext():
