@@ -224,14 +224,12 @@ def main() -> int:
     torch.set_num_threads(1)
     bench = Bench(folder, way)
     if way == "off":
-        bare = bench.bare()
-        loops: dict[str, Loop] = {"bare": bare, "speechctl": bench.ours, "bare again": bare}
+        loops: dict[str, Loop] = {"bare": bench.bare(), "speechctl": bench.ours, "bare again": bench.bare()}
         loops["Accelerate"] = bench.accelerate()
         if bench.world_size == 1:
             loops["Trainer"] = bench.trainer(folder)
     else:
-        bare = bench.deepspeed()
-        loops = {"bare": bare, "speechctl": bench.ours, "bare again": bare}
+        loops = {"bare": bench.deepspeed(), "speechctl": bench.ours, "bare again": bench.deepspeed()}
     result: list[dict[str, float]] = []
     for number in range(rounds + 1):
         row = {}
