@@ -23,7 +23,8 @@ class Lines:
 
     Args:
         stays_open_s: behind a line that comes sooner than this after the one before, the file stays open. Closed, over
-            NFS, the line is at the server for whoever reads along on another host; else within half a minute.
+            NFS, the line is at the server for whoever reads along on another host; else within half a minute, and what
+            the server refuses then is not written again.
     """
 
     def __init__(self, path: Path, *, stays_open_s: float = 0.0) -> None:

@@ -246,7 +246,8 @@ class Recipe(Section):
 
     deepspeed: RawDeepSpeed = {}
     """Any other keys of DeepSpeed's configuration, laid over ours: `zero_optimization: {overlap_comm: true}`. Keys that
-    the recipe has words of its own for are refused; when the ranks start, those that DeepSpeed does not know."""
+    the recipe has words of its own for are refused; when the ranks start, those that DeepSpeed does not know, but for
+    those in sections that it does not check, such as `flops_profiler`."""
 
     evaluate: Evaluate
     """WER at rank 0's cadence."""

@@ -70,7 +70,7 @@ class Report:
     evaluations: list[dict[str, Any]]
     """By step."""
     unevaluated: list[dict[str, Any]]
-    """Evaluations beside training that came to nothing, and were not made up for: step, error, log."""
+    """Evaluations that came to nothing, and were not made up for: step, error and, of those beside training, log."""
     metrics: list[dict[str, Any]]
     """One a step, without those that were rolled back."""
     attempts: int

@@ -33,7 +33,7 @@ def evaluate(
     import math
     import re
 
-    from launcher import tables, ui, verbs
+    from launcher import sealing, tables, ui, verbs
     from launcher.errors import UsageError
     from launcher.ownership import refuse_foreign
     from launcher.recipe_values import NAME
@@ -55,8 +55,10 @@ def evaluate(
     for name in subset:
         if not re.fullmatch(NAME, name):
             raise UsageError(f"--subset {name!r} is no subset's name", hint="such as --subset dev-clean")
-    # One file for each n-gram and setting: tuning them keeps what was found before.
-    search = [] if lm is None else ["beam", lm.name, f"{beam}", f"{lm_weight:g}", f"{word_score:g}"]
+    search: list[str] = []
+    if lm is not None:  # a file for each n-gram and setting: tuning them keeps what was found before
+        content = sealing.digest_file(lm)["xxh3_128"][:8] if lm.is_file() else ""  # the search says that there is none
+        search = ["beam", lm.name[:40], content, f"{beam}", f"{lm_weight}", f"{word_score}"]
     name = "-".join([f"{named}.evaluate", *subset, *search])
     options = [x for s in subset for x in ("--subset", s)] + of
     if lm is not None:

@@ -38,7 +38,7 @@ TAG = "deepspeed"
 
 class Asked(dict[str, Any]):
     """A configuration that knows which of its keys DeepSpeed has asked for: it passes over those that it does not know,
-    and a word of a recipe that is misspelt would mean nothing, in silence."""
+    and a word of a recipe that is misspelt would mean nothing, in silence. Sections check their own, most of them."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -103,6 +103,7 @@ class DeepSpeedEngine(Engine):
             raise UsageError(f"deepspeed: {error}", hint="see https://www.deepspeed.ai/docs/config-json") from error
         self.adamw.overflow = False
         asked.refuse_unknown(recipe.deepspeed)
+        self.engine.config = config  # goes into every checkpoint, which has no type of ours in it
         self._check(recipe, ranks)
         self.grad_clip = recipe.optimizer.grad_clip
         # DeepSpeed computes no norm of its own at stage 0 in fp32; everywhere else it clips by its configuration.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from launcher.errors import StorageError
@@ -100,6 +100,9 @@ class Evaluations:
         try:
             return Outcome(step, self.evaluator.publish(target, step, rows, self.attempt.number, blocked_s))
         except StorageError as error:
+            for path in (target, self.attempt.run.hypotheses(step)):  # of an older attempt, whose step came to nothing
+                with suppress(OSError):
+                    path.unlink()
             return Outcome(step, None, error.message)
 
     # Beside training -------------------------------------------------------------------------------------------------

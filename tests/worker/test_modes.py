@@ -39,7 +39,9 @@ WRONG = ("raises", "hangs", "no memory", "killed")
 REAL = ("raises really", "hangs really", "no memory really")
 FULL = ("collective full", "rank0 full")
 FULL_AT = 4
-"""The step whose evaluation finds no room."""
+"""The step whose evaluation finds no room, where an older attempt's lies."""
+NEVER = "collective never"
+"""No evaluation finds any."""
 
 STAGES = ("off", "2", "3")
 """In this order in one process: DeepSpeed's stage 3 puts a linear layer of its own in place of torch's for good, and
@@ -118,7 +120,7 @@ def prepared(root: Path, source: Path, case: Case) -> Run:
         cadence |= {"every_steps": 4, "at_end": False}
     else:
         cadence |= {"every_steps": 2, "at_start": True} if who != "nobody" else {"at_end": False}
-    mode = who.removesuffix(" full")
+    mode = who.split()[0]
     cadence["mode"] = mode if mode in MODES else "sidecar" if who in (*WRONG, *REAL) else "collective"
     if who == "early":
         cadence |= {"at_start": False, "early_stopping": {"patience": 1}}
@@ -189,7 +191,11 @@ def train(attempts: list[str], more: dict[str, str]) -> None:
 
     def publish(self: Evaluations, step: int, *rest: Any) -> Any:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if step == FULL_AT and (self.attempt.root / "who").read_text() in FULL:
+        who, run = (self.attempt.root / "who").read_text(), self.attempt.run
+        if who == NEVER or (who in FULL and step == FULL_AT):
+            run.evaluations.mkdir(exist_ok=True)
+            for path in (run.evaluation(step), run.hypotheses(step)):
+                path.write_text("{}\n")
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
             return whole(self, step, *rest)
@@ -280,10 +286,26 @@ def test_a_sidecar_that_goes_wrong_is_told_of(runs: dict[Case, Run], case: Case)
 
 
 @pytest.mark.ranks
+def test_results_that_the_disk_never_takes_end_the_run(runs: dict[Case, Run]) -> None:
+    """All ranks, with the same words, at the third in a row: hours of evaluations would come to nothing, and the run
+    would end as if all was well."""
+    root = runs[EVALUATED[0]].root.parent
+    run = prepared(root, root / "wav2vec2", (2, "off", NEVER))
+    attempt = run.new_attempt()
+    (attempt.root / "who").write_text(NEVER)
+    with pytest.raises(AssertionError) as ended:
+        worlds.start(2, train, [str(attempt.root)], {"SPEECHCTL_TEST_SIDECAR": ""})
+    assert str(ended.value).count("StorageError: 3 evaluations in a row could not be published") == 2
+    assert [e["step"] for e in events(attempt, "evaluation_failed")] == [0, 2, 4]
+    assert not list(run.evaluations.iterdir())
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] in FULL], ids=ids)
 def test_a_result_that_the_disk_does_not_take_costs_no_step(runs: dict[Case, Run], case: Case) -> None:
     """The run had ended at once, with all that was not saved, where a save that finds no room is let pass. Said is what
-    the disk says; nothing of the result is there, and those before and after are."""
+    the disk says; nothing of the result is there, nor what an older attempt had published of that step, by which the
+    best would be chosen; those before and after are."""
     run = runs[case]
     attempt = run.attempts()[0]
     assert read_json(attempt.exit) == {"code": 0, "step": STEPS, "sealed_step": STEPS}
