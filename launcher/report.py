@@ -231,9 +231,16 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
 
 
 def left_alone(attempt: Attempt, ended: dict[str, Any]) -> bool:
-    """Whether ranks sealed and stopped because their launcher was gone, and not because anybody had asked for it."""
-    nodes = (rundir.read_json(path) for path in sorted(attempt.root.glob("node-*.json")))
-    return ended["code"] == ExitCode.STOPPED and any(n.get("asked") and "launcher" in n["asked"] for n in nodes)
+    """Whether ranks sealed and stopped because their launcher was gone, and not because anybody had asked for it. Their
+    node says so, but a moment after they have ended; until then it is so where no wish is in the run's files."""
+    if ended["code"] != ExitCode.STOPPED:
+        return False
+    nodes = [rundir.read_json(path) for path in sorted(attempt.root.glob("node-*.json"))]
+    concluded = any(row["event"] == "ended" for row in rundir.read_lines(attempt.supervisor))
+    open_still = not concluded and any(node["returncode"] is None for node in nodes)
+    if open_still and not rundir.there(attempt.run.stop_request):
+        return True
+    return any(node["asked"] and "launcher" in node["asked"] for node in nodes)
 
 
 def read_straggler(attempt: Attempt) -> dict[str, Any] | None:

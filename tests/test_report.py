@@ -15,7 +15,10 @@ from launcher.cli import arguments
 from launcher.errors import NotFoundError, StorageError, UsageError, in_bytes
 from launcher.hosts import Host
 from launcher.lock import RunLock
+from launcher.node import STOP
+from launcher.recovery import note
 from launcher.rundir import Run
+from launcher.supervise import request_stop
 from launcher.ui import counted, purple
 from launcher.vitals import Vitals
 from tests.conftest import RECIPE, made_run
@@ -24,6 +27,26 @@ from tests.conftest import RECIPE, made_run
 @pytest.mark.parametrize("state", ["created", "finished", "stopped", "failed", "interrupted"])
 def test_the_state_is_what_the_newest_attempt_came_to(tmp_path: Path, state: str) -> None:
     assert report.read(made_run(tmp_path / "run", state)).state == state
+
+
+def test_ranks_that_seal_alone_are_asked_by_nobody_before_their_node_says_so(tmp_path: Path) -> None:
+    """Of a run whose launcher was killed, `status` said `stopped on request` for as long as its node was still ending:
+    the ranks' word that they had sealed and stopped was there, and the node's about why was not."""
+    run = made_run(tmp_path / "run", "stopped")
+    attempt = run.attempts()[-1]
+    node = {"returncode": None, "asked": None, "killed": None, "time": 1.0}
+    rundir.write_json(attempt.node(0), node)
+    assert report.read(run).state == "interrupted"
+    rundir.write_json(attempt.node(0), {**node, "returncode": 0, "asked": "the launcher went away"})
+    assert report.read(run).state == "interrupted"
+    rundir.write_json(attempt.node(0), {**node, "returncode": 0, "asked": STOP})
+    assert report.read(run).state == "stopped"
+    rundir.write_json(attempt.node(0), node)
+    request_stop(run, "speechctl stop")
+    assert report.read(run).state == "stopped", "somebody asked, and the launcher was killed behind it"
+    run.stop_request.unlink()
+    note(attempt, "ended", code=75, sealed=4, asked=None)
+    assert report.read(run).state == "stopped", "the launcher saw it, and the node was killed before it could say more"
 
 
 def test_steps_that_were_rolled_back_do_not_count(tmp_path: Path) -> None:
