@@ -53,7 +53,8 @@ def attach(run: Run) -> int:
     """
     value = report.read(run)
     try:
-        held, last = lock.holder(run) is not None, 0
+        held = lock.holder(run) is not None
+        last = 0 if held else value.attempts  # whose words are told is an attempt to come
         while held or wait_for_job(run):
             last, held = follow_attempts(run, ui.Progress(value.max_steps), last), False
     except KeyboardInterrupt:
