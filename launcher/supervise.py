@@ -314,6 +314,7 @@ def watch(
                 tell({"event": "stopping"})
                 if not attempt.run.stop_request.exists():  # or its reason would be lost
                     request_stop(attempt.run, f"{signal.Signals(received[0]).name} to the launcher")
+                del received[1:]  # heard late, behind a slow disk: it came with the first
             else:
                 tell({"event": "killing"})
                 seen = seen or by_force(attempt)
