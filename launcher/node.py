@@ -282,7 +282,7 @@ class Node:
             self.vitals.dump()
         if KILL in words:
             self.told_to_kill = True
-        elif END in words:
+        if END in words:
             self.asked = self.asked or ANOTHER
 
     def _ask_ranks(self, torchrun: subprocess.Popen[bytes]) -> None:

@@ -62,8 +62,13 @@ class Vitals:
 
     def one_died(self) -> bool:
         """Whether a rank is gone that had not come to its end."""
-        marks = [self.slots.read(k) for k in range(self.count)]
-        return any(m.pid and m.at != END and memory.status(m.pid).get("State", "Z") == "Z" for m in marks)
+        return any(map(self._has_died, range(self.count)))
+
+    def _has_died(self, k: int) -> bool:
+        mark = self.slots.read(k)
+        if not mark.pid or mark.at == END or memory.status(mark.pid).get("State", "Z") != "Z":
+            return False
+        return self.slots.read(k).at != END  # or it came to its end between the two looks
 
     def _follow(self) -> None:
         while True:

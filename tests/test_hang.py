@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher import hang, marks, rundir, vitals
+from launcher import hang, marks, memory, rundir, vitals
 from launcher.hang import behind, differs
 from launcher.hosts import Host
 from launcher.recipe_launch import Deadlines
@@ -152,6 +152,21 @@ def test_nobody_else_gets_the_signal_of_a_rank_that_is_gone(tmp_path: Path) -> N
         assert not gone({pid}, within_s=0.3)
     finally:
         os.kill(pid, signal.SIGKILL)
+
+
+def test_a_rank_that_ends_while_it_is_looked_at_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It made its last mark behind the look at the marks, and was gone at the look at the processes: its peers were
+    killed for that, which may be sealing."""
+    _, agent = vitals_of(tmp_path, slots=1)
+
+    def marked(at: str) -> dict[str, str]:
+        os.pwrite(agent.slots.fd, marks.SLOT.pack(1, 0, 100, 3, b"step", at.encode()), 0)
+        return {}  # of a process that is gone
+
+    for last, died in ((marks.END, False), ("agree", True)):
+        marked("agree")
+        monkeypatch.setattr(memory, "status", lambda _, last=last: marked(last))
+        assert agent.one_died() == died
 
 
 def test_an_agent_that_was_stopped_itself_does_not_count_that_time(
