@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,6 +119,17 @@ def golden() -> Golden:
     return compare
 
 
+@pytest.fixture
+def shared_memory_alone() -> Iterator[None]:
+    """For what removes all that is stale in /dev/shm: no other such test runs meanwhile, of whichever checkout."""
+    fd = os.open("/dev/shm", os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 # Runs without torch ---------------------------------------------------------------------------------------------------
 
 RECIPE = """\
@@ -149,7 +162,7 @@ class Stub:
         shutil.copy(here / "torchrun.py", self.packages / "torch" / "distributed" / "run.py")
         shutil.copy(here / "rank.py", self.packages / "rank.py")
         self.recipe = root / "stub.yaml"
-        self.recipe.write_text(RECIPE.replace("stop_grace: 2s}", "stop_grace: 2s, relaunch: {wait: 0.1s}}"))
+        self.recipe.write_text(RECIPE.replace("stop_grace: 2s}", "stop_grace: 20s, relaunch: {wait: 0.1s}}"))
         self.env = {
             **{k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "PYTHONPATH")},
             "PYTHONPATH": f"{self.packages}:{here.parents[1]}",
@@ -173,7 +186,7 @@ class Stub:
     def plan(self, ranks: int = 2) -> Plan:
         return plan.make(recipe_file.load(self.recipe), [Host("localhost", ranks)], FACTS)
 
-    def attempt(self, ranks: int = 2, stop_grace_s: float = 2) -> Attempt:
+    def attempt(self, ranks: int = 2, stop_grace_s: float = 20) -> Attempt:
         """A prepared attempt of a run of its own, ready for a node."""
         for folder in (self.run.root, self.run.stop_request.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -235,6 +248,15 @@ def _is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@contextmanager
+def own_port() -> Iterator[int]:
+    """A port of loopback, for whoever listens there by its number; meanwhile nobody gets it who asks for any."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 @pytest.fixture

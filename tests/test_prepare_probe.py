@@ -21,6 +21,7 @@ from launcher.hosts import Host
 from launcher.prepare import mend, session
 from launcher.prepare.findings import Findings, Seen
 from launcher.prepare.judge import judge
+from launcher.probe import answers, machine
 from launcher.probe.facts import FACTS
 from launcher.rundir import Run
 from tests.faults.cells import small_cgroup
@@ -187,6 +188,14 @@ def test_only_what_a_run_left_is_found_and_ended(probe: session.Session, tmp_pat
             process.communicate()
 
 
+def test_a_segment_that_somebody_else_removes_first_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--fix` said that it could not be mended."""
+    segment = {"name": "nccl-of-nobody", "inode": 1}
+    monkeypatch.setattr(machine, "stale_segments", lambda: [segment])
+    assert answers.remove_segments({"segments": [segment]}) == ["nccl-of-nobody"]
+
+
+@pytest.mark.usefixtures("shared_memory_alone")
 def test_only_segments_that_nobody_has_open_are_stale(probe: session.Session, tmp_path: Path) -> None:
     names = {n: Path("/dev/shm") / n for n in ("nccl-stale9", "torch_1_2_3", "000009_locals", "nccl-fresh9", "mine9")}
     try:

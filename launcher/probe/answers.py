@@ -6,6 +6,7 @@ things of its own. When standard input closes, the probe ends, and with it what 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -146,7 +147,8 @@ def remove_segments(request: dict[str, Any]) -> list[str]:
     stale = {segment["name"]: segment["inode"] for segment in machine.stale_segments()}
     gone = [s["name"] for s in request["segments"] if stale.get(s["name"]) == s["inode"]]
     for name in gone:
-        os.unlink(os.path.join(machine.SHARED_MEMORY_AT, name))
+        with contextlib.suppress(FileNotFoundError):  # somebody was quicker
+            os.unlink(os.path.join(machine.SHARED_MEMORY_AT, name))
     return gone
 
 
