@@ -85,16 +85,17 @@ def test_half_a_line_of_a_killed_writer_is_passed_over(tmp_path: Path) -> None:
     assert path.read_bytes().count(rundir.TORN) == 1
 
 
-def test_a_file_stays_open_while_lines_follow_on_one_another(tmp_path: Path) -> None:
+def test_a_file_stays_open_while_lines_follow_on_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over NFS only what is closed is seen at once: a line that comes alone is; each is in the file when `append` is
     done."""
-    said = Lines(tmp_path / "lines", stays_open_s=0.2)
+    said, now = Lines(tmp_path / "lines", stays_open_s=0.2), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def is_open() -> bool:
         return str(said.path) in {file.path for file in psutil.Process().open_files()}
 
     for step, wait_s, stays in ((1, 0.0, False), (2, 0.0, True), (3, 0.0, True), (4, 0.3, False)):
-        time.sleep(wait_s)
+        now[0] += wait_s
         said.append({"step": step})
         assert is_open() == stays, step
         assert rundir.read_lines(said.path)[-1] == {"step": step}

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import environment, recipe_file, rundir
+from launcher import environment, recipe_file, rundir, supervise
 from launcher.backends import ssh
 from launcher.errors import ExitCode, PreflightError, UsageError
 from launcher.hosts import Host
 from launcher.prepare.session import Session, Unanswered, here_argv
 from launcher.recipe_file import RecipeError
 from launcher.rundir import Attempt, Run
-from tests.conftest import RECIPE, Stub, gone, simulated_python
+from tests.conftest import RECIPE, Stub, gone, simulated_python, wait_until
 
 FAKE = """\
 #!/usr/bin/env bash
@@ -215,10 +215,11 @@ def test_a_second_ctrl_c_crosses_ssh(two_hosts: Stub) -> None:
     two_hosts.recipe.write_text(two_hosts.recipe.read_text().replace("stop_grace: 2s", "stop_grace: 100s"))
     with two_hosts.start(*two_hosts.command, "launch", "stub.yaml") as process:
         pids = two_hosts.wait_for_ranks(3)
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.8)
-        assert process.wait(10) == ExitCode.INFRASTRUCTURE
+        process.send_signal(signal.SIGINT)
+        wait_until(two_hosts.run.stop_request.exists)
+        time.sleep(supervise.AT_ONCE_S + 0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == ExitCode.INFRASTRUCTURE
         assert gone(pids, within_s=0)
 
 

@@ -48,7 +48,7 @@ SchedulerParameters=sched_min_interval=0,sched_interval=2,bf_interval=2,batch_sc
 SlurmdTimeout=10
 SlurmctldTimeout=10
 MessageTimeout=5
-KillWait=5
+KillWait=20
 CompleteWait=0
 ReturnToService=2
 GresTypes=gpu

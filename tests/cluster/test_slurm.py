@@ -191,7 +191,7 @@ def test_a_node_is_drained_under_a_run(two: Two) -> None:
     two.ended(job, "FAILED")
     assert two.stub.speechctl("resume", str(two.run.root)).returncode == 0
     waiting = str(int(job) + 1)
-    wait_until(lambda: two.slurm.show(waiting)["Reason"] not in ("None", "Priority"))
+    wait_until(lambda: two.slurm.show(waiting).get("Reason", "None") not in ("None", "Priority"))
     shown = two.stub.speechctl("status", str(two.run.root))
     assert re.search(rf"^job +{waiting} PENDING .*(ReqNode|DRAINED)", shown.stdout, flags=re.MULTILINE), shown.stdout
     second = two.stub.speechctl("resume", str(two.run.root))
@@ -208,7 +208,7 @@ def test_a_node_crashes(two: Two, name: str) -> None:
     job = two.launch()
     two.attempt(1)
     two.slurm.power_off(name)
-    wait_until(lambda: two.slurm.show(job)["Restarts"] == "1", 60)
+    wait_until(lambda: two.slurm.show(job).get("Restarts") == "1", 60)
     assert empty(two.run.root, within_s=20), "the other node ended its rank"
     two.stub.behave("train 50", "train 50")
     two.slurm.power_on(name)

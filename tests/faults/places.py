@@ -199,7 +199,7 @@ class InJob(OnHosts):
 
     def end(self) -> tuple[int, str]:
         if self.lost is not None:
-            wait_until(lambda: self.slurm.show(self.job)["Restarts"] == "1", 60)
+            wait_until(lambda: self.slurm.show(self.job).get("Restarts") == "1", 60)
             wait_until(self.run.attempts()[0].failure.exists)
             self.find_host()
         facts = self.slurm.wait_for(self.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=300)

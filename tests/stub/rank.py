@@ -36,14 +36,15 @@ def run(root: Path, stop_flag: list[bool], fresh: bool) -> None:
     behaviour, _, number = os.environ["STUB_BEHAVIOUR"].partition(" ")
     if behaviour.startswith("leak"):
         leak(behaviour)
-    if behaviour == "raise":
+    if behaviour in ("raise", "data", "kill"):
+        while len(list(attempt.ranks.glob("rank-*.json"))) < WORLD_SIZE and not stop_flag[0]:
+            time.sleep(0.01)  # where its peers are still coming up, it is they who are slow
         time.sleep(float(number or 0))
+    if behaviour == "raise":
         raise ValueError(f"boom of rank {RANK}")
     if behaviour == "data":
-        time.sleep(float(number or 0))
         raise DataError("shard 3 has changed", hint="pack it again")
     if behaviour == "kill":
-        time.sleep(float(number or 0))
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "lost":
         while not any(attempt.failures.iterdir()) and not stop_flag[0]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from launcher import environment, plan, recipe_file, rundir
 from launcher import recipe as schema
 from launcher.rundir import Attempt, Run
 from launcher.worker.sampler import accumulation
+from tests.conftest import own_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,19 +58,17 @@ def prepared(
 
 def trained_together(script: Path, attempts: Sequence[Attempt], cwd: Path) -> None:
     """Run `script` with the attempts' directories as its arguments, under torchrun, on two ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=static"]
-    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = [*torchrun, str(script), *(str(a.root) for a in attempts)]
     env = {**os.environ, **environment.base_variables(2), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        said, _ = process.communicate(timeout=2400)
-    finally:
-        if process.poll() is None:
-            for left in psutil.Process(process.pid).children(recursive=True):
-                left.kill()  # ranks that hang have sessions of their own
-            process.kill()
+    with own_port() as port:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=static"]
+        torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+        command = [*torchrun, str(script), *(str(a.root) for a in attempts)]
+        process = subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            said, _ = process.communicate(timeout=2400)
+        finally:
+            if process.poll() is None:
+                for left in psutil.Process(process.pid).children(recursive=True):
+                    left.kill()  # ranks that hang have sessions of their own
+                process.kill()
     assert process.returncode == 0, said.decode()[-6000:]

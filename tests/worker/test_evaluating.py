@@ -67,12 +67,12 @@ def both(timeout_s: float = 60) -> tuple[Waiting, Waiting]:
 
 def test_the_others_wait_for_as_long_as_rank_0_gets_on() -> None:
     """Three times as long as a silence may be, and then they have what it found."""
-    first, second = both(timeout_s=0.4)
+    first, second = both(timeout_s=2)
 
     def work() -> None:
-        for _ in range(6):
+        for _ in range(8):
             first.beat("next batch")
-            time.sleep(0.2)
+            time.sleep(0.8)
         first.over({"criterion": {"wer": 0.25}})
 
     thread = threading.Thread(target=work)

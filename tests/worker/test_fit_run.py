@@ -156,7 +156,7 @@ def test_a_signal_in_the_middle_of_a_trial(root: Path, tmp_path: Path, number: i
             said = command.communicate(timeout=60)[1]
         assert command.returncode == code, said
         assert "Traceback" not in said
-        assert len(family) >= 2 and gone(family, within_s=2)
+        assert len(family) >= 2 and gone(family, within_s=20)
 
 
 def trials_of(command: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -172,15 +172,15 @@ def shapes_in(folder: Path) -> list[list[Any]]:
 
 
 def test_memory_that_runs_out_in_training(root: Path, tmp_path: Path) -> None:
-    """Most of the model learns from step 16 on. By then its rank may have little more address space than it took
+    """Most of the model learns from step 61 on. By then its rank may have little more address space than it took
     before, so that the CPU's allocator truly refuses: the failure has the batch, its utterances and what to change."""
     run = Run(tmp_path / "run")
     sets = [
         f"run_dir={run.root}",
-        "max_steps=20",
+        "max_steps=65",
         "backbone.hidden=640",
         "batch={step_seconds: 3s, max_rank_seconds: 3s}",
-        "freeze=[{parts: ['*'], but: [head], until_steps: 15}]",
+        "freeze=[{parts: ['*'], but: [head], until_steps: 60}]",
         "checkpoint.asynchronous=false",
     ]
     with own_place(tmp_path) as env:
@@ -190,7 +190,7 @@ def test_memory_that_runs_out_in_training(root: Path, tmp_path: Path) -> None:
             pid = read_json(run.attempts()[0].rank(0))["pid"]
             room = memory.status(pid)["VmSize"] + 24 * 2**20
             resource.prlimit(pid, resource.RLIMIT_AS, (room, room))
-            assert len(steps(run)) < 15, "too late"
+            assert len(steps(run)) < 60, "too late"
             said = command.communicate(timeout=200)[0]
         assert command.returncode == ExitCode.OUT_OF_MEMORY, said
         failed = read_json(run.attempts()[0].failure)

@@ -142,16 +142,22 @@ def test_any_number_of_ranks_at_any_stage_trains_the_same(packed: Path) -> None:
 
 
 SLEEP_S = 0.5
-"""200 ms are found on an idle machine; where other tests run beside this one, the steps of its peer take as long."""
+"""200 ms are found on an idle machine; where other tests run beside this one, the steps of its peer take as long, and
+sometimes longer: then it sleeps for longer, too."""
 
 
 def rank_1_sleeps(training: Any) -> None:
     whole = training.engine.backward
 
+    took_s = 0.0
+
     def backward(tensors: dict[str, torch.Tensor], factor: float, last: bool) -> torch.Tensor:
+        nonlocal took_s
         if training.ranks.rank == 1 and last:
-            time.sleep(SLEEP_S)
+            time.sleep(max(SLEEP_S, 3 * took_s))
+        began = time.monotonic()
         result: torch.Tensor = whole(tensors, factor, last)
+        took_s = time.monotonic() - began
         return result
 
     training.engine.backward = backward
@@ -161,12 +167,12 @@ def rank_1_sleeps(training: Any) -> None:
 @pytest.mark.ranks
 def test_a_rank_that_sleeps_is_named(packed: Path) -> None:
     """In every step, while its peer waits for it: by DDP, and inside DeepSpeed's own calls."""
-    runs = [prepared(packed, f"slow-{stage}", stage, max_steps=16) for stage in (STAGES if ALL else ("off", "3"))]
+    runs = [prepared(packed, f"slow-{stage}", stage, max_steps=9) for stage in (STAGES if ALL else ("off", "3"))]
     train(runs, twist=rank_1_sleeps)
     for run in runs:
         event = events(run.attempts()[0], "straggler")[0]
         assert (event["rank"], event["host"]) == (1, socket.gethostname())
-        assert event["factor"] > 1.25 and event["own_s"] > SLEEP_S
+        assert event["factor"] >= 1.25 and event["own_s"] > SLEEP_S
         assert report.read_straggler(run.attempts()[0]) == event
 
 

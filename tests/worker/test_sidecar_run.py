@@ -33,7 +33,8 @@ OVER = 9
 LAST = 5000
 
 TABLE = """\
-import sys
+import ctypes, sys
+ctypes.CDLL(None).prctl(1, 9)  # ends with its rank, as the real one does
 from pathlib import Path
 from launcher import rundir, sealing
 attempt, step = rundir.Attempt(Path(sys.argv[1])), int(sys.argv[3])

@@ -208,7 +208,7 @@ def killed_and_resumed(run: Run, whole: Run, *more: str) -> None:
 
     Every loss and gradient norm of every attempt, also of steps trained twice, equals the undisturbed run's as a hex
     float, and so do the utterances of the steps that stand and, bit for bit, the last state. Every file takes a while
-    to write, so that a save is in flight for several steps.
+    to write, so that a save is in flight for several steps, and so does the scoring of every evaluation.
     """
     site = run.root.parent / f"site-{run.root.name}"
     site.mkdir()
@@ -216,9 +216,10 @@ def killed_and_resumed(run: Run, whole: Run, *more: str) -> None:
         "import os\n"
         "if 'RANK' in os.environ:\n"
         "    import time\n"
-        "    from launcher import committer\n"
-        "    write_hashed = committer.write_hashed\n"
+        "    from launcher import committer, marks\n"
+        "    write_hashed, mark = committer.write_hashed, marks.mark\n"
         "    committer.write_hashed = lambda *rest: (time.sleep(0.3), write_hashed(*rest))[1]\n"
+        "    marks.mark = lambda *rest: (time.sleep(0.5 * (rest[0] == 'score')), mark(*rest))[1]\n"
     )
     dice = random.Random(seed(7))
     moments = [["saving", "evaluating", "metrics"][k % 3] for k in range(KILLS)]
@@ -235,10 +236,12 @@ def killed_and_resumed(run: Run, whole: Run, *more: str) -> None:
             goal = max(first + 1, min(20, 4 + k * 16 // max(1, KILLS - 1)))
 
             def reached(moment: str = moment, attempt: Attempt = attempt, goal: int = goal) -> bool:
-                rows = read_lines(attempt.metrics) if moment == "metrics" else events(attempt, moment)
-                if moment == "saving" and [r["event"] for r in read_lines(attempt.events)][-1:] != ["saving"]:
+                (last,) = read_lines(attempt.metrics if moment == "metrics" else attempt.events)[-1:] or [{}]
+                if last.get("event", "metrics") != moment or last.get("step", 0) < goal:
                     return False
-                return any(row["step"] >= goal for row in rows) and bool(run.sealed_steps())
+                sealed = run.sealed_steps()
+                # One that is sealed is no save any more, also where nobody has said so yet.
+                return sealed != [] and not (moment == "saving" and last["step"] in sealed)
 
             wait_for(reached, process)
             time.sleep(dice.random() * 0.02)
@@ -288,7 +291,9 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run = Run(spoken / "hung")
-    options = ["--set", "run_dir=hung", "--set", "launch.deadlines.step=15s", "--set", "launch.relaunch.wait=0.1s"]
+    # It may be stopped in a step, or between two, where it waits for a save to end.
+    options = ["--set", "run_dir=hung", "--set", "launch.deadlines={step: 15s, save: 15s}"]
+    options += ["--set", "launch.relaunch.wait=0.1s"]
     with started("launch", "recipe.yaml", *options, cwd=spoken) as process:
         wait_for(lambda: run.attempts() and len(read_lines(run.attempts()[0].metrics)) >= 5, process)
         kill_rank(run.attempts()[0], 1, signal.SIGSTOP)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from launcher import plan, recipe_file, rundir
 from launcher import recipe as schema
 from launcher.rundir import Attempt, Run
+from tests.conftest import own_port
 from tests.worker.harm import Harm
 
 LIMIT_S = 3600
@@ -67,26 +67,22 @@ def under_way(world_size: int, work: Callable[..., object], *arguments: Any) -> 
     """That many ranks that do `work`, and the queue in which each says what went wrong, or nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    where |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     errors = context.Queue()
-    ranks: list[BaseProcess] = [
-        context.Process(target=rank, args=({**where, "RANK": str(r), "LOCAL_RANK": str(r)}, errors, work, *arguments))
-        for r in range(world_size)
-    ]
-    try:
-        for process in ranks:
-            process.start()
-        yield ranks, errors
-    finally:
-        for process in ranks:
-            process.join(10 if process.exitcode is None and not errors.empty() else 0)
-            process.kill()
-            process.join()
-        errors.close()
+    with own_port() as port:
+        where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        where |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+        each = [{**where, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
+        ranks: list[BaseProcess] = [context.Process(target=rank, args=(e, errors, work, *arguments)) for e in each]
+        try:
+            for process in ranks:
+                process.start()
+            yield ranks, errors
+        finally:
+            for process in ranks:
+                process.join(10 if process.exitcode is None and not errors.empty() else 0)
+                process.kill()
+                process.join()
+            errors.close()
 
 
 def start(world_size: int, work: Callable[..., object], *arguments: Any) -> None:
@@ -125,6 +121,10 @@ def until_killed(world_size: int, work: Callable[..., object], *arguments: Any) 
             if -9 in codes:
                 return True
             if any(codes):
+                for process in ranks:  # the end of the peer of one that was killed may be heard of first
+                    process.join(10)
+                if -9 in [process.exitcode for process in ranks]:
+                    return True
                 raise AssertionError("\n".join(errors.get(timeout=10) for code in codes if code))
         return False
 
