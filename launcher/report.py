@@ -214,6 +214,7 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
         state, code = "finished" if ended["code"] == ExitCode.FINISHED else "stopped", ended["code"]
     else:
         state, code = "running" if held else "interrupted", None
+    asked = next((r.get("asked") for r in reversed(noted) if r["event"] == "ended"), (ended or {}).get("asked"))
     return Start(
         number=attempt.number,
         started=next(times, None),
@@ -223,24 +224,25 @@ def start_of(attempt: Attempt, reached: tuple[int, int] | None, held: bool) -> S
         state=state,
         code=code,
         failure=failure,
-        asked=next((r.get("asked") for r in reversed(noted) if r["event"] == "ended"), None)
-        if code == ExitCode.STOPPED
-        else None,
+        asked=asked if code == ExitCode.STOPPED else None,
         why=str((ended or {}).get("why", "")) if state == "finished" else "",
     )
 
 
 def left_alone(attempt: Attempt, ended: dict[str, Any]) -> bool:
-    """Whether ranks sealed and stopped because their launcher was gone, and not because anybody had asked for it. Their
-    node says so, but a moment after they have ended; until then it is so where no wish is in the run's files."""
-    if ended["code"] != ExitCode.STOPPED:
+    """Whether ranks sealed and stopped because their launcher was gone, and not because anybody had asked for it.
+
+    Rank 0 says whether a request was there. Where none was, their node says why it ended them, but only once they have
+    ended: until then, or where it was killed too, it is so unless the launcher has concluded the attempt.
+    """
+    if ended["code"] != ExitCode.STOPPED or ended.get("asked"):
         return False
     nodes = [rundir.read_json(path) for path in sorted(attempt.root.glob("node-*.json"))]
+    if said := [node["asked"] for node in nodes if node.get("asked")]:
+        return any("launcher" in asked for asked in said)
     concluded = any(row["event"] == "ended" for row in rundir.read_lines(attempt.supervisor))
-    open_still = not concluded and any(node["returncode"] is None for node in nodes)
-    if open_still and not rundir.there(attempt.run.stop_request):
-        return True
-    return any(node["asked"] and "launcher" in node["asked"] for node in nodes)
+    # What an older version of this wrote has no word of rank 0 on it.
+    return "asked" in ended and nodes != [] and not concluded
 
 
 def read_straggler(attempt: Attempt) -> dict[str, Any] | None:

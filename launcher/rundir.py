@@ -264,6 +264,16 @@ def _json(value: Any, indent: int | None = None) -> bytes:
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
+def asked_to_stop(run: Run) -> str | None:
+    """Who or what asks the run to stop; None where nobody does."""
+    try:
+        return str(json.loads(run.stop_request.read_bytes())["why"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):  # a file that was only touched asks as well
+        return str(run.stop_request)
+
+
 def there(path: Path) -> bool:
     """Whether a file is there, by listing its directory. For what another machine may just have written: over NFS, a
     name that was asked for in vain is missing for up to a minute more."""

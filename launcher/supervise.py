@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import math
 import os
 import signal
@@ -63,7 +62,7 @@ def to_the_end(
             # What was put aside once is not to be put aside again, and what was not still is.
             fresh = fresh and not any(e["event"] == "started" for e in rundir.read_lines(attempt.events))
             after = before if fresh else recovery.sealed(run)
-            note(attempt, "ended", code=int(code), sealed=after, asked=asked_to_stop(run))
+            note(attempt, "ended", code=int(code), sealed=after, asked=rundir.asked_to_stop(run))
             if failed is None:
                 return code
             if plan.backend != "local":
@@ -308,13 +307,14 @@ def watch(
             for node in nodes:
                 node.kill() if word is None else say(node, word)
         if len(received) > acted_on:
-            acted_on += 1
+            acted_on, heard = acted_on + 1, len(received)
             remember(attempt, "signal", number=received[acted_on - 1])
             if acted_on == 1:
-                tell({"event": "stopping"})
                 if not attempt.run.stop_request.exists():  # or its reason would be lost
                     request_stop(attempt.run, f"{signal.Signals(received[0]).name} to the launcher")
-                del received[1:]  # heard late, behind a slow disk: it came with the first
+                # Behind a slow disk a signal is heard late, and may have come with the first. From here on one counts.
+                del received[heard:]
+                tell({"event": "stopping"})
             else:
                 tell({"event": "killing"})
                 seen = seen or by_force(attempt)
@@ -411,13 +411,3 @@ def interrupts() -> Iterator[list[int]]:
 def request_stop(run: Run, why: str) -> None:
     run.stop_request.parent.mkdir(exist_ok=True)
     rundir.write_json(run.stop_request, {"why": why, "time": time.time()})
-
-
-def asked_to_stop(run: Run) -> str | None:
-    """Who or what asks the run to stop; None where nobody does."""
-    try:
-        return str(json.loads(run.stop_request.read_bytes())["why"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):  # a file that was only touched asks as well
-        return str(run.stop_request)

@@ -15,10 +15,8 @@ from launcher.cli import arguments
 from launcher.errors import NotFoundError, StorageError, UsageError, in_bytes
 from launcher.hosts import Host
 from launcher.lock import RunLock
-from launcher.node import STOP
-from launcher.recovery import note
+from launcher.recovery import note, settle
 from launcher.rundir import Run
-from launcher.supervise import request_stop
 from launcher.ui import counted, purple
 from launcher.vitals import Vitals
 from tests.conftest import RECIPE, made_run
@@ -34,19 +32,32 @@ def test_ranks_that_seal_alone_are_asked_by_nobody_before_their_node_says_so(tmp
     the ranks' word that they had sealed and stopped was there, and the node's about why was not."""
     run = made_run(tmp_path / "run", "stopped")
     attempt = run.attempts()[-1]
+    ended = {"code": 75, "step": 4, "sealed_step": 4}
     node = {"returncode": None, "asked": None, "killed": None, "time": 1.0}
     rundir.write_json(attempt.node(0), node)
+    assert report.read(run).state == "stopped", "an older version of this has no word of rank 0"
+    rundir.write_json(attempt.exit, {**ended, "asked": None})
     assert report.read(run).state == "interrupted"
-    rundir.write_json(attempt.node(0), {**node, "returncode": 0, "asked": "the launcher went away"})
-    assert report.read(run).state == "interrupted"
-    rundir.write_json(attempt.node(0), {**node, "returncode": 0, "asked": STOP})
-    assert report.read(run).state == "stopped"
+    for asked, state in (("the launcher went away", "interrupted"), ("the node was sent SIGTERM", "stopped")):
+        rundir.write_json(attempt.node(0), {**node, "returncode": 0, "asked": asked})
+        assert report.read(run).state == state
     rundir.write_json(attempt.node(0), node)
-    request_stop(run, "speechctl stop")
-    assert report.read(run).state == "stopped", "somebody asked, and the launcher was killed behind it"
-    run.stop_request.unlink()
     note(attempt, "ended", code=75, sealed=4, asked=None)
     assert report.read(run).state == "stopped", "the launcher saw it, and the node was killed before it could say more"
+
+
+def test_a_stop_that_was_asked_for_stays_so_whoever_is_killed_behind_it(tmp_path: Path) -> None:
+    """The request is gone with the next launcher's start, which then took the launcher before it for lost."""
+    run = made_run(tmp_path / "run", "stopped")
+    attempt = run.attempts()[-1]
+    rundir.write_json(attempt.exit, {"code": 75, "step": 4, "sealed_step": 4, "asked": "speechctl stop"})
+    node = {"returncode": None, "asked": None, "killed": None, "time": 1.0}
+    for record in (node, {**node, "returncode": 0, "asked": "the launcher went away"}):
+        rundir.write_json(attempt.node(0), record)
+        with RunLock(run, "resume"):
+            settle(run)
+        last = report.read(run).history[-1]
+        assert (last.state, last.asked, last.failure) == ("stopped", "speechctl stop", None)
 
 
 def test_steps_that_were_rolled_back_do_not_count(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ fi
 bash -c "${@:$#}" <&0 &
 child=$!
 if [ "$host" = "$SSH_LOST" ]; then
+  attempt=${@:$#} attempt=${attempt%/node.sh*} attempt=${attempt##* }
+  until [ -e "$attempt/node-001.json" ]; do sleep 0.05; done
   sleep 2
   echo "Timeout, server $host not responding." >&2
   kill -KILL $child
@@ -213,10 +215,11 @@ def test_a_host_that_is_lost_without_a_spare_is_used_again_and_that_is_said(two_
 def test_a_second_ctrl_c_crosses_ssh(two_hosts: Stub) -> None:
     two_hosts.behave("deaf", "deaf", "deaf")
     two_hosts.recipe.write_text(two_hosts.recipe.read_text().replace("stop_grace: 2s", "stop_grace: 100s"))
-    with two_hosts.start(*two_hosts.command, "launch", "stub.yaml") as process:
+    said = two_hosts.root / "said"
+    with said.open("w") as stderr, two_hosts.start(*two_hosts.command, "launch", "stub.yaml", stderr=stderr) as process:
         pids = two_hosts.wait_for_ranks(3)
         process.send_signal(signal.SIGINT)
-        wait_until(two_hosts.run.stop_request.exists)
+        wait_until(lambda: "Ctrl-C again ends them at once" in said.read_text())
         time.sleep(supervise.AT_ONCE_S + 0.2)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == ExitCode.INFRASTRUCTURE

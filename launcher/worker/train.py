@@ -190,7 +190,8 @@ class Training:
             why = why_early(progress.patience, self.recipe.evaluate)
             self.record.event("early_stopping", step=progress.step, why=why)
         if self.ranks.rank == 0:
-            ended = {"code": code, "step": progress.step, "sealed_step": self.sealed_step}
+            ended: dict[str, Any] = {"code": code, "step": progress.step, "sealed_step": self.sealed_step}
+            ended |= {"asked": rundir.asked_to_stop(self.attempt.run)} if stopped else {}
             rundir.write_json(self.attempt.exit, {**ended, "why": why} if why else ended)
         self.record.event("stopped" if stopped else "finished", step=progress.step)
         mark("leave", "save")

@@ -115,7 +115,8 @@ class Training:
                 self.seal()
         if RANK == 0:
             code = ExitCode.STOPPED if stop else ExitCode.FINISHED
-            rundir.write_json(self.attempt.exit, {"code": code, "step": self.step, "sealed_step": self.step})
+            asked = {"asked": rundir.asked_to_stop(self.run)} if stop else {}
+            rundir.write_json(self.attempt.exit, {"code": code, "step": self.step, "sealed_step": self.step, **asked})
 
     def misbehave(self) -> None:
         if self.behaviour == "exit":
