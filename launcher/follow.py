@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import socket
@@ -53,8 +54,11 @@ def attach(run: Run) -> int:
     """
     value = report.read(run)
     try:
-        held = lock.holder(run) is not None
-        last = 0 if held else value.attempts  # whose words are told is an attempt to come
+        holder = lock.holder(run)
+        held, last = holder is not None, value.history[-1].number if value.history else 0
+        # Of an attempt that is not this launcher's own nothing is told: the one whose words are told is still to come.
+        if holder is not None and last and (value.history[-1].started or math.inf) >= holder["since"]:
+            last -= 1
         while held or wait_for_job(run):
             last, held = follow_attempts(run, ui.Progress(value.max_steps), last), False
     except KeyboardInterrupt:

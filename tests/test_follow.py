@@ -16,6 +16,7 @@ import pytest
 
 from launcher import lock, rundir
 from launcher.errors import ExitCode
+from launcher.recovery import note
 from tests.conftest import Golden, Stub, gone, made_run, wait_until
 from tests.test_cli import Transcript, compare, speechctl
 from tests.test_rundir import held
@@ -36,6 +37,14 @@ def detached(stub: Stub) -> Iterator[Stub]:
 def launcher_of(stub: Stub) -> int:
     wait_until(lambda: (lock.holder(stub.run) or {}).get("pid"))
     return int((lock.holder(stub.run) or {})["pid"])
+
+
+@contextmanager
+def holding(run: rundir.Run) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher that has the run, and the newest attempt is its own."""
+    with held(run, "speechctl launch stub.yaml") as process:
+        note(run.attempts()[-1], "started", sealed=-1, by_hand=True)
+        yield process
 
 
 @contextmanager
@@ -221,7 +230,7 @@ def test_a_failure_ends_those_who_follow_with_its_code(stub: Stub) -> None:
 
 def test_another_attempt_of_the_same_launcher_is_followed(tmp_path: Path, stub: Stub) -> None:
     run = made_run(stub.run.root, "failed")
-    with held(run, "speechctl launch stub.yaml") as holder, attached(stub) as process:
+    with holding(run) as holder, attached(stub) as process:
         attempt = run.new_attempt()
         rundir.append_line(attempt.events, {"event": "stopped", "step": 5, "time": 1.0})
         wait_until(lambda: "step 5: " in heard(stub))
@@ -239,11 +248,23 @@ def test_what_was_before_is_told_in_a_few_lines(stub: Stub) -> None:
         rundir.append_line(attempt.events, {"event": "sealed", "step": step, "blocked_s": 1.0, "time": float(step)})
         values = {"epoch": 0, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "audio_s": 1.0, "step_s": 1.0}
         rundir.append_line(attempt.metrics, {"step": step, "time": float(step), **values})
-    with held(run, "speechctl launch stub.yaml"), attached(stub):
+    with holding(run), attached(stub):
         wait_until(lambda: heard(stub).count("\n") == 6)
     lines = heard(stub).splitlines()
     assert lines[:5] == [f"step {step}: sealed a checkpoint; training waited 1.0 s for it" for step in range(996, 1001)]
     assert lines[5].startswith("step 1000/6  epoch 0")
+
+
+def test_of_the_launcher_before_nothing_is_told(stub: Stub) -> None:
+    """One that has the run may wait for what the last one left before it has an attempt of its own: to whoever came by
+    then, the last steps of the attempt before were told as this one's."""
+    run = made_run(stub.run.root, "stopped")
+    with held(run, "speechctl resume"), stub.start(*stub.command, "attach", "stub") as process:
+        assert process.stderr is not None
+        time.sleep(2)  # it has looked by then; where it has not, this proves nothing
+        attempt = run.new_attempt()
+        rundir.append_line(attempt.events, {"event": "stopped", "step": 5, "time": 1.0})
+        assert process.stderr.readline() == "step 5: stopped, and sealed\n"
 
 
 def test_a_job_in_the_queue_is_waited_for(stub: Stub) -> None:
