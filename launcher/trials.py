@@ -27,7 +27,7 @@ from launcher.recipe import Recipe
 
 LOOK_EVERY_S = 0.05
 
-AFTER_DEATH_S = 1.0
+AFTER_DEATH_S = 5.0
 """How long the ranks beside one that failed may take to say what they saw: the first to end may only have lost it."""
 
 

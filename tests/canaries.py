@@ -27,9 +27,14 @@ class Watch:
         """Every environment on the hosts of a cluster."""
 
     def in_files(self, root: Path) -> list[Path]:
-        found = [path for path in sorted(root.rglob("*")) if path.is_file()]
-        self.files += len(found)
-        return [path for path in found if self.redactor.found(path.read_bytes() + str(path).encode())]
+        """What is removed or renamed meanwhile is passed over."""
+        found = []
+        for path in (Path(folder) / name for folder, _, names in os.walk(root) for name in names):
+            with suppress(FileNotFoundError):
+                if path.is_file():
+                    self.files += 1
+                    found += [path] if self.redactor.found(path.read_bytes() + str(path).encode()) else []
+        return sorted(found)
 
     def in_command_lines(self) -> list[bytes]:
         return [line for line in self.seen if self.redactor.found(line)]

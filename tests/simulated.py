@@ -17,7 +17,7 @@ host="${@:$#-1:1}"
 printf '%s\\n' "$*" >>"$SSH_CALLS"
 case "$host" in
 refused-*) echo "ssh: connect to host $host port 22: Connection refused" >&2; exit 255 ;;
-dead-*) sleep 10; echo "ssh: connect to host $host port 22: Connection timed out" >&2; exit 255 ;;
+dead-*) sleep 9; echo "ssh: connect to host $host port 22: Connection timed out" >&2; exit 255 ;;
 silent-*) exec sleep 60 ;;
 unknown-*) echo "ssh: Could not resolve hostname $host: Name or service not known" >&2; exit 255 ;;
 key-*) echo "Host key verification failed." >&2; exit 255 ;;
@@ -27,7 +27,7 @@ changed-*)
   exit 255
   ;;
 denied-*) echo "me@$host: Permission denied (publickey)." >&2; exit 255 ;;
-banner-*) sleep 10; echo "Connection timed out during banner exchange" >&2; exit 255 ;;
+banner-*) sleep 9; echo "Connection timed out during banner exchange" >&2; exit 255 ;;
 bare-*) echo "bash: line 1: exec: python3: not found" >&2; exit 127 ;;
 slow-*) sleep 3 ;;
 noisy-*) echo "Welcome to $host" ;;

@@ -9,7 +9,7 @@ from launcher import cli, environment, hosts, start
 from launcher import plan as plans
 from launcher.hosts import Host
 from launcher.plan import Plan
-from launcher.prepare import run
+from launcher.prepare import between_hosts, run
 from launcher.recipe import Recipe
 
 FACTS = {
@@ -35,6 +35,7 @@ def made_up(value: Recipe, path: Path, machines: list[Host] | None = None) -> tu
 
 
 if __name__ == "__main__":
+    between_hosts.SLOW_LOGIN_S = 60.0  # here all hosts are one machine, with other work beside
     start.planned = made_up
     run.planned_sizes = lambda path, recipe, machines: lambda: plans.make(recipe, machines, FACTS)
     cli.main()

@@ -30,7 +30,7 @@ from launcher.worker.models import build, load_export
 from launcher.worker.pack import write_pack
 from launcher.worker.shards import Shards
 from launcher.worker.weights import ema_of, restored, weights_of
-from tests.conftest import count, make_corpus
+from tests.conftest import count, make_corpus, wait_until
 from tests.worker import backbones, worlds
 from tests.worker.harm import Harm
 from tests.worker.runs import events, state_digest
@@ -92,7 +92,7 @@ def prepared(root: Path, name: str, way: str, evaluate: bool, **more: Any) -> Ru
 
 
 class Story(Harm):
-    """A NaN on rank 1; and that rank's end behind a step, where there is to be one."""
+    """A NaN on rank 1; and that rank's end behind a step and the seal of the one before, where there is to be one."""
 
     def __init__(self, dies_behind: int = 0) -> None:
         super().__init__(step=dies_behind)
@@ -109,6 +109,7 @@ class Story(Harm):
         def mortal(*arguments: Any) -> bool:
             stop: bool = one_step(*arguments)
             if training.ranks.rank == 1 and training.progress.step == self.step:
+                wait_until(lambda: CUT in training.run.sealed_steps())
                 os.kill(os.getpid(), signal.SIGKILL)
             return stop
 

@@ -172,7 +172,7 @@ def test_a_rank_that_sleeps_is_named(packed: Path) -> None:
     for run in runs:
         event = events(run.attempts()[0], "straggler")[0]
         assert (event["rank"], event["host"]) == (1, socket.gethostname())
-        assert event["factor"] >= 1.25 and event["own_s"] > SLEEP_S
+        assert event["own_s"] > max(SLEEP_S, event["others_s"])
         assert report.read_straggler(run.attempts()[0]) == event
 
 
