@@ -122,13 +122,15 @@ def past(run: Run) -> list[Past]:
 
 
 def settle(run: Run) -> None:
-    """Conclude the attempts that a lost launcher left open. The caller holds the run's lock."""
+    """Conclude the attempts that a lost launcher left open, also where it or a rank had said how they ended: those
+    without an end are none of the past. The caller holds the run's lock."""
     for attempt in run.attempts():
         if (lost := cause.of_lost_launcher(attempt)) is not None:
             rundir.write_json(attempt.failure, lost.to_json())
-            rows = rundir.read_lines(attempt.supervisor)
-            if any(r["event"] == "started" for r in rows) and not any(r["event"] == "ended" for r in rows):
-                note(attempt, "ended", code=int(lost.code), sealed=sealed(run))
+        ended = rundir.read_json(attempt.failure) or rundir.read_json(attempt.exit)
+        rows = [row["event"] for row in rundir.read_lines(attempt.supervisor)]
+        if ended is not None and "started" in rows and "ended" not in rows:
+            note(attempt, "ended", code=ended["code"], sealed=sealed(run), asked=ended.get("asked"))
 
 
 # Hosts ---------------------------------------------------------------------------------------------------------------

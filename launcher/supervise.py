@@ -307,13 +307,13 @@ def watch(
             for node in nodes:
                 node.kill() if word is None else say(node, word)
         if len(received) > acted_on:
-            acted_on, heard = acted_on + 1, len(received)
+            acted_on += 1
             remember(attempt, "signal", number=received[acted_on - 1])
             if acted_on == 1:
                 if not attempt.run.stop_request.exists():  # or its reason would be lost
                     request_stop(attempt.run, f"{signal.Signals(received[0]).name} to the launcher")
-                # Behind a slow disk a signal is heard late, and may have come with the first. From here on one counts.
-                del received[heard:]
+                # Behind a slow disk we act late, and may have heard another one: those count that know of `stopping`.
+                del received[1:]
                 tell({"event": "stopping"})
             else:
                 tell({"event": "killing"})

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launcher import environment, lock, recipe_file, recovery, rundir, supervise
+from launcher import environment, lock, recipe_file, recovery, report, rundir, supervise
 from launcher.backends import BACKENDS
 from launcher.errors import ExitCode
 from launcher.events import Follower
@@ -92,29 +92,42 @@ def test_a_signal_that_comes_twice_at_once_is_one_wish(stub: Stub) -> None:
 
 
 SLOW_DISK = """
-import signal, sys, time
+import os, signal, sys
 if "launch" in sys.orig_argv:
-    from launcher import supervise
-    request_stop = supervise.request_stop
+    from launcher import events, supervise
+    place, name = {"asks": (supervise, "request_stop"), "reads": (events.Follower, "once")}[os.environ["SLOW"]]
+    whole = getattr(place, name)
     def slow(*rest):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        request_stop(*rest)
-        open("slow", "w").close()
-        time.sleep(1.5)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    supervise.request_stop = slow
+        whole(*rest)
+        if os.path.exists("armed"):
+            os.unlink("armed")
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            with open("gate"):  # waits here for whoever opens it to write
+                pass
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    setattr(place, name, slow)
 """
 
 
-def test_a_slow_disk_makes_no_two_wishes_of_one(stub: Stub) -> None:
-    """While the first was being written down the launcher heard nothing, and the second signal of the same Ctrl-C was
-    dated to the end of that: the ranks were killed in the middle of their seal."""
+@pytest.mark.parametrize("slow", ["asks", "reads"])
+def test_a_slow_disk_makes_no_two_wishes_of_one(stub: Stub, slow: str) -> None:
+    """While the launcher waited for a disk it did nothing about the first signal, or did not hear the second until
+    then: the ranks were killed in the middle of their seal."""
     stub.behave("slow", "slow")
     (stub.packages / "sitecustomize.py").write_text(SLOW_DISK)
-    with launched(stub) as process:
-        interrupt(process)
-        wait_until((stub.root / "slow").exists)
+    armed, gate = stub.root / "armed", stub.root / "gate"
+    os.mkfifo(gate)
+    with launched(stub, env={**stub.env, "SLOW": slow}) as process:
+        armed.touch()
+        if slow == "asks":
+            interrupt(process)
+        wait_until(lambda: not armed.exists())
+        if slow == "reads":
+            interrupt(process)
+        time.sleep(supervise.AT_ONCE_S + 0.2)
         interrupt(process, signal.SIGTERM)
+        with gate.open("w"):
+            pass
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == ExitCode.STOPPED
     assert "ending the ranks now" not in stderr
@@ -173,6 +186,22 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(stub: Stub) -> None:
     done = stub.speechctl("status", str(stub.run.root))
     assert "state   interrupted: the launcher was gone" in done.stdout
     assert rundir.read_json(stub.run.attempts()[0].exit)["code"] == ExitCode.STOPPED, "they had the time to seal"
+
+
+def test_who_asked_is_remembered_by_those_who_seal_for_it(stub: Stub) -> None:
+    """The launcher was killed behind a request to stop. The next one, started while the ranks were sealing still,
+    removed the request, and the run was told to have lost its launcher, for good."""
+    stub.behave("slow", "slow", then=("train 12", "train 12"))
+    with launched(stub) as process:
+        supervise.request_stop(stub.run, "speechctl stop")
+        wait_until((stub.run.attempts()[0].root / "seals-for-a-stop").exists)
+        interrupt(process, signal.SIGKILL)
+        process.wait()
+        done = stub.speechctl("resume", str(stub.run.root))
+    assert done.returncode == ExitCode.FINISHED, done.stderr
+    first, _ = report.read(stub.run).history
+    assert (first.state, first.asked, first.failure) == ("stopped", "speechctl stop", None)
+    assert [row["event"] for row in rundir.read_lines(stub.run.attempts()[0].supervisor)] == ["started", "ended"]
 
 
 # Attempt after attempt ------------------------------------------------------------------------------------------------

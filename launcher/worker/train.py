@@ -76,6 +76,8 @@ class Training:
         self.attempt = attempt
         self.run = attempt.run
         self.stop_flag = stop_flag
+        self.asked: str | None = None
+        """Rank 0: who asked for a stop through the control directory."""
         self.recipe = recipe_file.load(self.run.resolved)
         self.ranks = ranks = Ranks(patience_s(self.recipe.launch.deadlines))
         batch = self.recipe.batch
@@ -191,7 +193,7 @@ class Training:
             self.record.event("early_stopping", step=progress.step, why=why)
         if self.ranks.rank == 0:
             ended: dict[str, Any] = {"code": code, "step": progress.step, "sealed_step": self.sealed_step}
-            ended |= {"asked": rundir.asked_to_stop(self.attempt.run)} if stopped else {}
+            ended |= {"asked": self.asked} if stopped else {}
             rundir.write_json(self.attempt.exit, {**ended, "why": why} if why else ended)
         self.record.event("stopped" if stopped else "finished", step=progress.step)
         mark("leave", "save")
@@ -305,6 +307,8 @@ class Training:
         self._count_left_out(left_out, loss_sum, heard)
         if saved == ranks.world_size:
             self.settle(over=True)
+        if stops and is_first:
+            self._control()  # a signal may have come before the look at what it was for
         return stops > 0
 
     def _asked_for(self, now: float) -> list[str]:
@@ -312,7 +316,15 @@ class Training:
         if now < self.look_again:
             return []
         self.look_again = now + LOOK_S
-        return rundir.names_in(self.run.stop_request.parent)
+        return self._control()
+
+    def _control(self) -> list[str]:
+        """What is in the control directory. Who asks for a stop is remembered: the next launcher removes the request,
+        and may be waiting for us to seal."""
+        names = rundir.names_in(self.run.stop_request.parent)
+        if self.asked is None and self.run.stop_request.name in names:
+            self.asked = rundir.asked_to_stop(self.run)
+        return names
 
     def _gradient(
         self, mine: Step, count: int, feed: Iterator[tuple[list[str], Tensors]]
@@ -427,7 +439,8 @@ class Training:
         return True
 
     def _asked_to_stop(self) -> bool:
-        return self.stop_flag[0] or (self.ranks.rank == 0 and rundir.there(self.run.stop_request))
+        asked = self.ranks.rank == 0 and self.run.stop_request.name in self._control()
+        return asked or self.stop_flag[0]
 
     def judge(self, step: int, wer: float) -> None:
         """What an evaluation means for the best checkpoint and for early stopping; the same on all ranks."""

@@ -88,6 +88,7 @@ class Training:
     def __init__(self, attempt: Attempt, stop_flag: list[bool], behaviour: str, number: str) -> None:
         self.attempt, self.run = attempt, attempt.run
         self.stop_flag = stop_flag
+        self.asked: str | None = None
         self.behaviour, self.number = behaviour, number
         self.steps = int(number) if behaviour in ("train", "child", "deaf", "leak") and number else 10**9
         self.alone = behaviour == "deaf"
@@ -115,7 +116,7 @@ class Training:
                 self.seal()
         if RANK == 0:
             code = ExitCode.STOPPED if stop else ExitCode.FINISHED
-            asked = {"asked": rundir.asked_to_stop(self.run)} if stop else {}
+            asked = {"asked": self.asked} if stop else {}
             rundir.write_json(self.attempt.exit, {"code": code, "step": self.step, "sealed_step": self.step, **asked})
 
     def misbehave(self) -> None:
@@ -134,7 +135,9 @@ class Training:
 
     def agree(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all, which wait for each other here."""
-        asked = self.stop_flag[0] or (RANK == 0 and self.run.stop_request.exists())
+        if RANK == 0 and self.asked is None:
+            self.asked = rundir.asked_to_stop(self.run)
+        asked = self.stop_flag[0] or self.asked is not None
         record = struct.Struct("qq")
         places = [record.size * (2 * rank + self.step % 2) for rank in range(WORLD_SIZE)]
         os.pwrite(self.meeting, record.pack(self.step, asked), places[RANK])
@@ -171,6 +174,8 @@ class Training:
     def seal(self) -> None:
         mark("begin", "save", self.step)
         if self.behaviour == "slow":
+            if self.asked is not None:
+                (self.attempt.root / "seals-for-a-stop").touch()
             time.sleep(1.5)
         if RANK == 0 and not self.run.checkpoint(self.step).exists():
             self.run.checkpoints.mkdir(exist_ok=True)

@@ -324,8 +324,9 @@ def test_stop_seals_and_resume_finishes(spoken: Path, whole: Run) -> None:
         assert speechctl("stop", "--no-wait", "stopped", cwd=spoken).returncode == 0
         kill_rank(run.attempts()[0], 1, signal.SIGCONT)
         assert process.wait(60) == 75
-    step = read_json(run.attempts()[0].exit)["step"]
-    assert run.sealed_steps()[-1] == step < 24
+    ended = read_json(run.attempts()[0].exit)
+    step = ended["step"]
+    assert ended["asked"] == "speechctl stop" and run.sealed_steps()[-1] == step < 24
     assert "stopped" in speechctl("status", "stopped", cwd=spoken).stdout
     # A flipped bit in the newest checkpoint: found before it is used, put aside, and the one before is taken.
     before = run.sealed_steps()[-2]
