@@ -56,9 +56,11 @@ def attach(run: Run) -> int:
     try:
         holder = lock.holder(run)
         held, last = holder is not None, value.history[-1].number if value.history else 0
-        # Of an attempt that is not this launcher's own nothing is told: the one whose words are told is still to come.
-        if holder is not None and last and (value.history[-1].started or math.inf) >= holder["since"]:
-            last -= 1
+        if holder is not None and last:
+            if (value.history[-1].started or math.inf) >= holder.get("since", 0.0):
+                last -= 1
+            else:  # it was the launcher's before
+                ui.say(f"waiting for attempt {last + 1}: {run.root} has a new launcher; Ctrl-C leaves it alone")
         while held or wait_for_job(run):
             last, held = follow_attempts(run, ui.Progress(value.max_steps), last), False
     except KeyboardInterrupt:

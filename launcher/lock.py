@@ -64,6 +64,7 @@ class RunLock:
     def _write(self, data: bytes) -> None:
         with storage_errors(self.run.lock):
             write_over(self.fd, data)
+            os.fsync(self.fd)  # it stays open: over NFS others would see it half a minute later
 
     def _try(self) -> bool:
         try:

@@ -261,7 +261,9 @@ def test_of_the_launcher_before_nothing_is_told(stub: Stub) -> None:
     run = made_run(stub.run.root, "stopped")
     with held(run, "speechctl resume"), stub.start(*stub.command, "attach", "stub") as process:
         assert process.stderr is not None
-        time.sleep(2)  # it has looked by then; where it has not, this proves nothing
+        said = f"waiting for attempt 3: {run.root} has a new launcher; Ctrl-C leaves it alone\n"
+        assert process.stderr.readline() == said
+        time.sleep(0.5)
         attempt = run.new_attempt()
         rundir.append_line(attempt.events, {"event": "stopped", "step": 5, "time": 1.0})
         assert process.stderr.readline() == "step 5: stopped, and sealed\n"

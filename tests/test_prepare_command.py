@@ -72,14 +72,14 @@ def test_64_hosts_most_of_them_slow_or_dead(simulated: Simulated) -> None:
         for name in (f"{kind}-{k:02d}" for k in range(number)):
             if kind not in VERDICTS:
                 assert name not in reach, reach.get(name)
-                # 32 interpreters at once on a few cores: one or another is late.
-                wrong = [c for c in checks if c["host"] == name and c["verdict"] == "fail"]
-                wrong = [c for c in wrong if c["name"] != "ports" and not c["found"].startswith("no answer in ")]
-                assert wrong == [] or address() == "127.0.0.1", wrong
                 continue
             check, found = VERDICTS[kind]
             assert reach[name]["name"] == check and reach[name]["found"].startswith(found), reach[name]
             assert reach[name]["hint"]
+    wrong = [c for c in checks if c["verdict"] == "fail" and c["host"].partition("-")[0] in KINDS.keys() - VERDICTS]
+    # 32 interpreters start at once on a few cores: one or another may be late.
+    late = [c for c in wrong if c["name"] == "ports" or c["found"].startswith("no answer in ")]
+    assert (wrong == late and len(late) <= 3) or address() == "127.0.0.1", wrong
     sums = {c["found"] for c in checks if c["name"] == "all-reduce"}
     assert len(sums) == 1 and re.fullmatch("not tried: .* was not reached", sums.pop())
     count("hosts", 64)
