@@ -128,9 +128,14 @@ def settle(run: Run) -> None:
         if (lost := cause.of_lost_launcher(attempt)) is not None:
             rundir.write_json(attempt.failure, lost.to_json())
         ended = rundir.read_json(attempt.failure) or rundir.read_json(attempt.exit)
-        rows = [row["event"] for row in rundir.read_lines(attempt.supervisor)]
-        if ended is not None and "started" in rows and "ended" not in rows:
-            note(attempt, "ended", code=ended["code"], sealed=sealed(run), asked=ended.get("asked"))
+        rows = rundir.read_lines(attempt.supervisor)
+        events = [row["event"] for row in rows]
+        if ended is not None and "started" in events and "ended" not in events:
+            began = next(row for row in rows if row["event"] == "started")
+            # One that never came to its first step has sealed nothing; a fresh one has put nothing aside either.
+            trained = any(row["event"] == "started" for row in rundir.read_lines(attempt.events))
+            to = sealed(run) if trained else began["sealed"]
+            note(attempt, "ended", code=ended["code"], sealed=to, asked=ended.get("asked"))
 
 
 # Hosts ---------------------------------------------------------------------------------------------------------------

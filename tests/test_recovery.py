@@ -107,6 +107,33 @@ def test_a_job_that_comes_again_and_again_in_vain_is_counted(tmp_path: Path, end
     assert recovery.exhausted(run, RELAUNCH) is None, "a person looked into it"
 
 
+def test_what_a_fresh_start_did_not_put_aside_is_no_progress(tmp_path: Path) -> None:
+    """Lost before its first step in every life of its job, it was counted from nothing to the checkpoint of before, and
+    queued again for ever."""
+    run = Run(tmp_path)
+    (run.checkpoint(100)).mkdir(parents=True)
+    rundir.write_json(run.checkpoint(100) / rundir.MANIFEST, {})
+    for _ in range(3):
+        recovery.note(run.new_attempt(), "started", sealed=-1, by_hand=False)
+        recovery.settle(run)
+    assert recovery.past(run) == [Past(k, -1, -1, False) for k in (1, 2, 3)]
+    ended = recovery.exhausted(run, RELAUNCH)
+    assert ended is not None and ended.kind == "no progress"
+
+
+def test_an_end_that_only_a_rank_told_is_one_of_the_past(tmp_path: Path) -> None:
+    """Its launcher was killed behind a stop on request: it was left out, and its progress with it."""
+    run = Run(tmp_path)
+    attempt = run.new_attempt()
+    recovery.note(attempt, "started", sealed=-1, by_hand=True)
+    rundir.append_line(attempt.events, {"event": "started", "step": 0, "time": 1.0})
+    (run.checkpoint(4)).mkdir(parents=True)
+    rundir.write_json(run.checkpoint(4) / rundir.MANIFEST, {})
+    rundir.write_json(attempt.exit, {"code": 75, "step": 4, "sealed_step": 4, "asked": "speechctl stop"})
+    recovery.settle(run)
+    assert not attempt.failure.exists() and recovery.past(run) == [Past(1, -1, 4, True)]
+
+
 # Hosts ----------------------------------------------------------------------------------------------------------------
 
 

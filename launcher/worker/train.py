@@ -193,7 +193,8 @@ class Training:
             self.record.event("early_stopping", step=progress.step, why=why)
         if self.ranks.rank == 0:
             ended: dict[str, Any] = {"code": code, "step": progress.step, "sealed_step": self.sealed_step}
-            ended |= {"asked": self.asked} if stopped else {}
+            # The batch script writes over what a launcher said that was only sent SIGTERM.
+            ended |= {"asked": rundir.asked_to_stop(self.run) or self.asked} if stopped else {}
             rundir.write_json(self.attempt.exit, {**ended, "why": why} if why else ended)
         self.record.event("stopped" if stopped else "finished", step=progress.step)
         mark("leave", "save")

@@ -116,7 +116,7 @@ class Training:
                 self.seal()
         if RANK == 0:
             code = ExitCode.STOPPED if stop else ExitCode.FINISHED
-            asked = {"asked": self.asked} if stop else {}
+            asked = {"asked": rundir.asked_to_stop(self.run) or self.asked} if stop else {}
             rundir.write_json(self.attempt.exit, {"code": code, "step": self.step, "sealed_step": self.step, **asked})
 
     def misbehave(self) -> None:

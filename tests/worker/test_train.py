@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from launcher.rundir import Attempt, Run, read_json, read_lines
+from launcher.supervise import request_stop
+from launcher.worker.train import Training
 from tests.conftest import count, seed
 from tests.worker.runs import (
     events,
@@ -307,6 +309,16 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
     assert [e["error"] for e in events(second, "save_failed")] == ["rank 1: MemoryError: no room"]
     assert events(second, "save_failed")[0]["step"] not in [e["step"] for e in events(second, "sealed")]
     assert numbers(run) == numbers(whole)
+
+
+def test_who_asked_for_a_stop_is_remembered(tmp_path: Path) -> None:
+    """The next launcher removes the request, and may then wait for a seal that takes minutes."""
+    training = Training.__new__(Training)  # no more of it than looks into the control directory
+    training.run, training.asked = Run(tmp_path), None
+    request_stop(training.run, "speechctl stop")
+    assert training._control() == ["stop"]
+    training.run.stop_request.unlink()
+    assert training._control() == [] and training.asked == "speechctl stop"
 
 
 def test_stop_seals_and_resume_finishes(spoken: Path, whole: Run) -> None:
