@@ -57,10 +57,11 @@ def attach(run: Run) -> int:
         holder = lock.holder(run)
         held, last = holder is not None, value.history[-1].number if value.history else 0
         if holder is not None and last:
-            if (value.history[-1].started or math.inf) >= holder.get("since", 0.0):
+            if (value.history[-1].started or math.inf) >= holder.get("since", math.inf):
                 last -= 1
             else:  # it was the launcher's before
-                ui.say(f"waiting for attempt {last + 1}: {run.root} has a new launcher; Ctrl-C leaves it alone")
+                who = f"`{holder['command']}`" if "command" in holder else "a new launcher"
+                ui.say(f"waiting: {who} has {run.root}, and no attempt yet; Ctrl-C leaves it alone")
         while held or wait_for_job(run):
             last, held = follow_attempts(run, ui.Progress(value.max_steps), last), False
     except KeyboardInterrupt:

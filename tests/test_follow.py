@@ -261,7 +261,7 @@ def test_of_the_launcher_before_nothing_is_told(stub: Stub) -> None:
     run = made_run(stub.run.root, "stopped")
     with held(run, "speechctl resume"), stub.start(*stub.command, "attach", "stub") as process:
         assert process.stderr is not None
-        said = f"waiting for attempt 3: {run.root} has a new launcher; Ctrl-C leaves it alone\n"
+        said = f"waiting: `speechctl resume` has {run.root}, and no attempt yet; Ctrl-C leaves it alone\n"
         assert process.stderr.readline() == said
         time.sleep(0.5)
         attempt = run.new_attempt()

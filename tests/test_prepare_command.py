@@ -78,8 +78,9 @@ def test_64_hosts_most_of_them_slow_or_dead(simulated: Simulated) -> None:
             assert reach[name]["hint"]
     wrong = [c for c in checks if c["verdict"] == "fail" and c["host"].partition("-")[0] in KINDS.keys() - VERDICTS]
     # 32 interpreters start at once on a few cores: one or another may be late.
-    late = [c for c in wrong if c["name"] == "ports" or c["found"].startswith("no answer in ")]
-    assert (wrong == late and len(late) <= 3) or address() == "127.0.0.1", wrong
+    late = {c["host"] for c in wrong if c["found"].startswith("no answer in ")}
+    others = [c for c in wrong if c["host"] not in late and c["name"] != "ports"]
+    assert (others == [] and len(late) <= 5) or address() == "127.0.0.1", wrong
     sums = {c["found"] for c in checks if c["name"] == "all-reduce"}
     assert len(sums) == 1 and re.fullmatch("not tried: .* was not reached", sums.pop())
     count("hosts", 64)
