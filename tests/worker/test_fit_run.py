@@ -173,7 +173,8 @@ def shapes_in(folder: Path) -> list[list[Any]]:
 
 def test_memory_that_runs_out_in_training(root: Path, tmp_path: Path) -> None:
     """Most of the model learns from step 61 on. By then its rank may have little more address space than it took
-    before, so that the CPU's allocator truly refuses: the failure has the batch, its utterances and what to change."""
+    before, with kernels for most shapes made, so that the CPU's allocator truly refuses: the failure has the batch, its
+    utterances and what to change."""
     run = Run(tmp_path / "run")
     sets = [
         f"run_dir={run.root}",
@@ -186,7 +187,7 @@ def test_memory_that_runs_out_in_training(root: Path, tmp_path: Path) -> None:
     with own_place(tmp_path) as env:
         options = [word for value in sets for word in ("--set", value)]
         with started("launch", "fit.yaml", *options, cwd=root, env=env) as command:
-            wait_for(lambda: run.exists() and run.attempts() and len(steps(run)) >= 2, command)
+            wait_for(lambda: run.exists() and run.attempts() and len(steps(run)) >= 40, command)
             pid = read_json(run.attempts()[0].rank(0))["pid"]
             room = memory.status(pid)["VmSize"] + 24 * 2**20
             resource.prlimit(pid, resource.RLIMIT_AS, (room, room))
