@@ -59,7 +59,7 @@ def attach(run: Run) -> int:
         if holder is not None and last:
             if (value.history[-1].started or math.inf) >= holder.get("since", math.inf):
                 last -= 1
-            else:  # it was the launcher's before
+            else:  # which the launcher before had made
                 who = f"`{holder['command']}`" if "command" in holder else "a new launcher"
                 ui.say(f"waiting: {who} has {run.root}, and no attempt yet; Ctrl-C leaves it alone")
         while held or wait_for_job(run):

@@ -336,8 +336,9 @@ def _refusal(source: Source, problems: list[Problem]) -> HostfileError:
 
 def _neighbours(path: Path) -> str:
     """Files that may have been meant instead of `path`."""
-    folder = path if path.is_dir() else path.parent
+    folder = path.parent
     try:
+        folder = path if path.is_dir() else folder
         names = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     except (OSError, ValueError):
         return f"there is no directory {folder} that can be read"
